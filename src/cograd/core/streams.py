@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import struct
 from collections.abc import Sequence
+from typing import TypeAlias
 
 import numpy as np
 import torch
@@ -18,13 +19,15 @@ from torch import Tensor
 GENERATOR = "blake2b-philox4x64/1"
 """Id of this construction; a `Schema` names it, so that parties with another one are refused."""
 
-type Key = int | str | bytes
+Key: TypeAlias = int | str | bytes
 
 
 def _encode(part: Key) -> bytes:
     """One part of a key as bytes, with its type and length, so that no two tuples read the same."""
     if isinstance(part, bool) or not isinstance(part, int | str | bytes):
-        raise TypeError(f"a stream's key holds int, str and bytes; got {part!r} of type {type(part).__name__}")
+        raise TypeError(
+            f"a stream's key holds int, str and bytes; got {part!r} of type {type(part).__name__}"
+        )
     if isinstance(part, int):
         tag, raw = b"i", part.to_bytes((part.bit_length() + 8) // 8, "little", signed=True)
     elif isinstance(part, str):
