@@ -25,9 +25,7 @@ Key: TypeAlias = int | str | bytes
 def _encode(part: Key) -> bytes:
     """One part of a key as bytes, with its type and length, so that no two tuples read the same."""
     if isinstance(part, bool) or not isinstance(part, int | str | bytes):
-        raise TypeError(
-            f"a stream's key holds int, str and bytes; got {part!r} of type {type(part).__name__}"
-        )
+        raise TypeError(f"a stream's key holds int, str and bytes; got {part!r} of type {type(part).__name__}")
     if isinstance(part, int):
         tag, raw = b"i", part.to_bytes((part.bit_length() + 8) // 8, "little", signed=True)
     elif isinstance(part, str):

@@ -1,0 +1,161 @@
+"""Finding the entries of largest magnitude in each segment of a vector, without sorting it.
+
+Two thresholds: `Exact` finds the top k of every segment; `Sampled` estimates the k-th magnitude from a strided
+sample (arXiv:1712.01887, Sec. 5) and may return fewer than k. Both look only into blocks whose maximum reaches
+the threshold, so that one pass over the vector serves every threshold that is tried.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from cograd.core.streams import stream
+
+BLOCK = 32
+UNDER = 0.8
+"""A sampled threshold that finds fewer than this share of k entries is lowered by this factor, ..."""
+ATTEMPTS = 10
+"""... at most so many times."""
+
+
+class Threshold(Protocol):
+    """How a sparse codec finds what to keep."""
+
+    def select(
+        self, x: Tensor, layout: tuple[int, ...], counts: list[int], seed: int, round: int, party: int
+    ) -> Tensor:
+        """Ascending positions (int64) in the whole vector: at most ``counts[j]`` of segment j."""
+
+
+@dataclass(frozen=True)
+class Exact:
+    """The ``counts[j]`` entries of largest magnitude of each segment; ties go to the lower position."""
+
+    def select(
+        self, x: Tensor, layout: tuple[int, ...], counts: list[int], seed: int, round: int, party: int
+    ) -> Tensor:
+        parts, offset = [], 0
+        for part, k in zip(torch.split(x, list(layout)), counts, strict=True):
+            parts.append(exact(part, k) + offset)
+            offset += len(part)
+        return torch.cat(parts)
+
+
+@dataclass(frozen=True)
+class Sampled:
+    """A threshold from about ``ratio`` of each segment's entries, sampled at a stride from a random start.
+
+    The number found lies in [0.8 k, k] unless ten corrections do not reach 0.8 k, and is never above k: where
+    more pass the threshold, the largest k of them are kept. Segments too small to sample (two expected hits
+    or fewer in the whole of it) are searched exactly. ``ratio`` = 1 is `Exact`.
+
+    The start is drawn from the stream of (seed, round, party), so a run can be repeated bit for bit.
+    """
+
+    ratio: float = 0.01
+
+    def __post_init__(self) -> None:
+        if not 0 < self.ratio <= 1:
+            raise ValueError(f"ratio must be in (0, 1]; got {self.ratio}")
+
+    def select(
+        self, x: Tensor, layout: tuple[int, ...], counts: list[int], seed: int, round: int, party: int
+    ) -> Tensor:
+        starts = stream(seed, "sampled-threshold", round, party)
+        parts, offset = [], 0
+        for part, k in zip(torch.split(x, list(layout)), counts, strict=True):
+            n = len(part)
+            stride = sample_stride(n, k / n, self.ratio) if k else 1
+            found = exact(part, k) if stride == 1 else sampled(part, k, stride, starts.integer(stride))
+            parts.append(found + offset)
+            offset += n
+        return torch.cat(parts)
+
+
+def sample_stride(numel: int, density: float, ratio: float) -> int:
+    """The stride that samples max(ratio n, 2 / density) entries; odd, so that it does not lock onto one
+    channel. 1 where the sample would be everything."""
+    wanted = max(math.ceil(ratio * numel), math.ceil(2 / density))
+    if wanted >= numel:
+        return 1
+    stride = 32 * math.ceil(numel / wanted / 32) + 1
+    while stride > 1 and numel // stride < wanted:
+        stride -= 8
+    return max(stride, 1)
+
+
+def sampled(x: Tensor, k: int, stride: int, start: int) -> Tensor:
+    """Positions of about the k largest magnitudes, from a threshold estimated on ``x[start::stride]``."""
+    sample = x[start::stride].abs()
+    rank = min(len(sample), math.ceil(len(sample) * k / len(x)))
+    threshold = sample.topk(rank, sorted=False).values.min()
+    blocks = Blocks(x)
+    found = blocks.reaching(threshold)
+    for _ in range(ATTEMPTS):
+        if len(found) >= UNDER * k:
+            break
+        threshold = threshold * UNDER
+        found = blocks.reaching(threshold)
+    return found if len(found) <= k else found[largest(x[found].abs(), k)]
+
+
+def exact(x: Tensor, k: int) -> Tensor:
+    """Positions of the k largest magnitudes, ascending; ties go to the lower position."""
+    if k == 0:
+        return torch.empty(0, dtype=torch.int64, device=x.device)
+    blocks = Blocks(x)
+    if k > len(blocks.maxima) // 2:
+        return largest(x.abs(), k)
+    # The k-th largest block maximum is reached by at least k entries, so no entry of the top k lies below it.
+    found = blocks.reaching(blocks.maxima.topk(k, sorted=False).values.min())
+    return found[largest(x[found].abs(), k)]
+
+
+def largest(magnitudes: Tensor, k: int) -> Tensor:
+    """Ascending positions of the k largest entries; ties go to the lower position."""
+    if k >= len(magnitudes):
+        return torch.arange(len(magnitudes), device=magnitudes.device)
+    kth = magnitudes.topk(k, sorted=False).values.min()
+    positions = (magnitudes >= kth).nonzero().squeeze(1)
+    surplus = len(positions) - k
+    if surplus:
+        tied = (magnitudes[positions] == kth).nonzero().squeeze(1)
+        keep = torch.ones(len(positions), dtype=torch.bool, device=magnitudes.device)
+        keep[tied[len(tied) - surplus :]] = False
+        positions = positions[keep]
+    return positions
+
+
+class Blocks:
+    """Maxima of |x| over strided blocks of 32, and the entries that reach a threshold.
+
+    Block j holds x[j], x[j + m], x[j + 2m], ... with m = n // 32: reducing over the rows of a (32, m) view
+    runs at memory speed, where `nonzero` over all of x takes ten times as long.
+    """
+
+    def __init__(self, x: Tensor) -> None:
+        self.x = x
+        self.columns = len(x) // BLOCK
+        self.body = x[: BLOCK * self.columns].view(BLOCK, self.columns)
+        self.tail = x[BLOCK * self.columns :]
+
+    @cached_property
+    def maxima(self) -> Tensor:
+        if not self.columns:
+            return self.x.new_empty(0)
+        return torch.maximum(self.body.amax(0), self.body.amin(0).neg_())
+
+    def reaching(self, threshold: Tensor) -> Tensor:
+        """Ascending positions where |x| >= threshold."""
+        columns = (self.maxima >= threshold).nonzero().squeeze(1)
+        if len(columns) > self.columns // 8:
+            return (self.x.abs() >= threshold).nonzero().squeeze(1)
+        rows, hits = (self.body[:, columns].abs() >= threshold).nonzero(as_tuple=True)
+        tail = (self.tail.abs() >= threshold).nonzero().squeeze(1) + BLOCK * self.columns
+        return torch.cat([rows * self.columns + columns[hits], tail])

@@ -1,0 +1,107 @@
+"""The stamp of a result: what code and data it speaks for, file by file.
+
+A result is stale when something that it was made by has changed. The stamp hashes the syntax tree (without
+docstrings, comments and positions) of every cograd module that the paper's file imports, directly or not, so
+that a reformatted or better documented file makes nothing stale and a changed constant does.
+"""
+
+from __future__ import annotations
+
+import ast
+import hashlib
+from collections.abc import Iterator, Mapping
+from functools import lru_cache
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import torch
+
+
+def stamp(module: str, data: Mapping[str, str]) -> dict[str, Any]:
+    """The stamp of ``module`` now: hash by file of its import closure, digest by data set, torch's version."""
+    files = {name: _hash(path) for name, path in sorted(closure(module).items())}
+    return {"files": files, "data": dict(data), "torch": torch.__version__.split("+")[0]}
+
+
+def stale(recorded: Mapping[str, Any], current: Mapping[str, Any]) -> list[str]:
+    """What made a recorded stamp stale, in words; empty if nothing did."""
+    causes = []
+    for part in ("files", "data"):
+        then, now = recorded.get(part, {}), current[part]
+        for name in sorted({*then, *now}):
+            if then.get(name) != now.get(name):
+                what = "is new" if name not in then else "is gone" if name not in now else "changed"
+                causes.append(f"{name} {what}")
+    if recorded.get("torch") != current["torch"]:
+        causes.append(f"torch {recorded.get('torch')} -> {current['torch']}")
+    return causes
+
+
+def closure(module: str) -> dict[str, Path]:
+    """The modules of cograd that ``module`` imports, directly or not, itself included: file by short name."""
+    package = module.partition(".")[0]
+    todo, found = [module], {}
+    while todo:
+        name = todo.pop()
+        path = _source(name)
+        if path is None or name in found:
+            continue
+        found[name] = path
+        todo += [n for n in _imports(path, name) if n.partition(".")[0] == package]
+        todo.append(name.rpartition(".")[0])
+    return {"/".join(n.split(".")[1:] or [package]): p for n, p in found.items()}
+
+
+@lru_cache(maxsize=512)
+def _source(name: str) -> Path | None:
+    """The source file of a module; None for what is not a module (a name inside one)."""
+    try:
+        spec = find_spec(name) if name else None
+    except ModuleNotFoundError:
+        return None
+    return Path(spec.origin) if spec and spec.origin else None
+
+
+def _imports(path: Path, name: str) -> Iterator[str]:
+    """Names imported anywhere in a file, functions included; `from a import b` yields both a and a.b."""
+    here = name if path.name == "__init__.py" else name.rpartition(".")[0]
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            base = node.module or ""
+            if node.level:
+                parts = here.split(".")
+                base = ".".join([*parts[: len(parts) - node.level + 1], *filter(None, [node.module])])
+            yield base
+            yield from (f"{base}.{alias.name}" for alias in node.names)
+
+
+def _hash(path: Path) -> str:
+    tree = ast.parse(path.read_text())
+    for node in ast.walk(tree):
+        body = getattr(node, "body", None)
+        documented = ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef
+        if isinstance(node, documented) and body and _is_text(body[0]):
+            node.body = body[1:]
+    return hashlib.blake2b(_canonical(tree).encode(), digest_size=8).hexdigest()
+
+
+def _canonical(node: Any) -> str:
+    """A syntax tree as text that does not depend on Python's version: empty fields are left out, since
+    versions differ in which ones they have."""
+    if isinstance(node, ast.AST):
+        fields = (f"{k}={_canonical(v)}" for k, v in ast.iter_fields(node) if v is not None and v != [])
+        return f"{type(node).__name__}({', '.join(fields)})"
+    if isinstance(node, list):
+        return f"[{', '.join(map(_canonical, node))}]"
+    return repr(node)
+
+
+def _is_text(node: ast.AST) -> bool:
+    return (
+        isinstance(node, ast.Expr)
+        and isinstance(node.value, ast.Constant)
+        and isinstance(node.value.value, str)
+    )
