@@ -85,12 +85,17 @@ def init(
 
 
 def run(
-    chain: Sequence[Transform], x: Tensor, state: dict[str, Tensor], at: int = 0, scale: float = 1.0
+    chain: Sequence[Transform],
+    x: Tensor,
+    state: dict[str, Tensor],
+    at: int = 0,
+    scale: float = 1.0,
+    out: Tensor | None = None,
 ) -> None:
     """Apply a chain to ``scale * x``, a slice that starts at element ``at`` of the state's vectors.
 
-    The result is what the last stage left in the state. ``x`` may have another floating dtype than the
-    state; it is not changed.
+    What comes out is in the state that the last stage left, and in ``out`` (as long as ``x``, and may be
+    ``x``) if given. ``x`` may have another floating dtype than the state.
     """
     x = x.reshape(-1)
     dtype = next(iter(state.values())).dtype if state else x.dtype
@@ -102,3 +107,5 @@ def run(
         part = {slot: vector[place] for slot, vector in state.items()}
         for stage in chain:
             tile = stage.apply(tile, part)
+        if out is not None:
+            out[start : start + len(tile)].copy_(tile)

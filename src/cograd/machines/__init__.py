@@ -1,0 +1,5 @@
+"""Gradients shared between machines over a network."""
+
+from cograd.machines.dgc import DGC, DensityWarmup
+
+__all__ = ["DGC", "DensityWarmup"]
