@@ -1,0 +1,5 @@
+"""Small reference models, each readable top to bottom."""
+
+from cograd.models.mlp import MLP
+
+__all__ = ["MLP"]
