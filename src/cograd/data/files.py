@@ -10,8 +10,8 @@ import zipfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from importlib.abc import Traversable
 from importlib.resources import files as package_files
+from importlib.resources.abc import Traversable
 from pathlib import Path
 from typing import IO
 from urllib.request import urlopen
@@ -63,11 +63,13 @@ class Origin:
 
     @contextmanager
     def reading(self, file: str) -> Iterator[bytes]:
-        """The bytes of a file; whatever goes wrong in parsing them comes out as `DataDamaged`."""
+        """The bytes of a file; whatever goes wrong in parsing them comes out as `DataDamaged`.
+
+        A file that cannot be read at all raises OSError, which names it.
+        """
+        raw = self.files[file].read_bytes()
         try:
-            yield self.files[file].read_bytes()
-        except OSError as error:
-            raise DataUnavailable(f"{self.files[file]} cannot be read: {error}") from error
+            yield raw
         except Exception as error:
             raise DataDamaged(
                 f"{self.files[file]} is not what {self.name} should have there "

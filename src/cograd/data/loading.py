@@ -7,8 +7,8 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import cache
-from importlib.abc import Traversable
 from importlib.resources import files as package_files
+from importlib.resources.abc import Traversable
 from typing import Literal, TypeAlias, overload
 
 import torch
@@ -95,7 +95,7 @@ def _source(name: str) -> Source:
     if name in CATALOGUE:
         return CATALOGUE[name]
     near = difflib.get_close_matches(str(name).lower(), CATALOGUE, n=1)
-    hint = f"; did you mean {near[0]!r}?" if near else ""
+    hint = f"; did you mean {near[0]!r}?" if near else "."
     raise ValueError(f"no data set {name!r}{hint} There are {', '.join(CATALOGUE)}.")
 
 
