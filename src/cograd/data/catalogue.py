@@ -116,9 +116,7 @@ CATALOGUE: dict[str, Source] = {
         ),
         adult,
     ),
-    "cora": Source(
-        Graph, "2,708 papers in 7 fields and their citations", "as Planetoid", *_planetoid("cora")
-    ),
+    "cora": Source(Graph, "2,708 papers in 7 fields and their citations", "as Planetoid", *_planetoid("cora")),
     "citeseer": Source(
         Graph, "3,327 papers in 6 fields and their citations", "as Planetoid", *_planetoid("citeseer")
     ),

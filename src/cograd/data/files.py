@@ -135,9 +135,7 @@ def _advice(name: str, files: Files, cache: Path, given: str | None, error: Exce
     if files.archive:
         lines = [f"  {', '.join(shown)}", f"    in {files.archive}"]
     else:
-        lines = [
-            f"  {file}  from {files.urls[file]}" if file in files.urls else f"  {file}" for file in shown
-        ]
+        lines = [f"  {file}  from {files.urls[file]}" if file in files.urls else f"  {file}" for file in shown]
     where = f"{places[0]} or {places[-1]}" if given else f"{places[0]} or $COGRAD_DATA/{files.folder}"
     head = f"{name} is not on this machine, and downloading it failed ({error}). Missing:"
     return "\n".join([head, *lines, f"Put {'it' if len(missing) == 1 else 'them'} into {where}."])

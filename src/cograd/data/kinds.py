@@ -65,9 +65,7 @@ class Images(DataSet):
 
     def _floats(self) -> None:
         if not self.x.is_floating_point():
-            raise TypeError(
-                f"x must be floating point here; got {self.x.dtype}: load with dtype=torch.float32"
-            )
+            raise TypeError(f"x must be floating point here; got {self.x.dtype}: load with dtype=torch.float32")
 
 
 @dataclass(frozen=True, eq=False, repr=False)

@@ -289,9 +289,7 @@ def _rounded(matrix: np.ndarray, row_sums: np.ndarray, column_sums: np.ndarray) 
     return counts
 
 
-def _unequal_counts(
-    draws: Stream, totals: np.ndarray, parties: int, alpha: float, min_size: int
-) -> np.ndarray:
+def _unequal_counts(draws: Stream, totals: np.ndarray, parties: int, alpha: float, min_size: int) -> np.ndarray:
     """Rows of each class for each party (parties x classes), each class divided by its own draw."""
     counts: np.ndarray
     for _ in range(ATTEMPTS):

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from torch import Tensor, nn
+from itertools import pairwise
+
+from torch import nn
 
 
 class MLP(nn.Sequential):
@@ -15,10 +17,6 @@ class MLP(nn.Sequential):
         if len(widths) < 2 or min(widths) < 1:
             raise ValueError(f"widths must be two or more sizes >= 1; got {widths}")
         layers: list[nn.Module] = [nn.Flatten()]
-        for n_in, n_out in zip(widths[:-1], widths[1:], strict=True):
+        for n_in, n_out in pairwise(widths):
             layers += [nn.Linear(n_in, n_out), nn.ReLU()]
         super().__init__(*layers[:-1])
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Class scores of a batch of images."""
-        return super().forward(x)

@@ -1,12 +1,14 @@
-"""Where a paper's run happens: cells that are saved when done, worker processes, and progress with time left."""
+"""Where a paper's run happens: cells that are saved when done, worker processes, progress with time left."""
 
 from __future__ import annotations
 
 import hashlib
 import json
 import os
+import re
 import time
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -63,30 +65,30 @@ class Lab:
 
         ``report(text)`` shows what a cell is at.
         """
-        done = {self._path(cell): self._load(cell) for cell in cells}
-        todo = [cell for cell in cells if done[self._path(cell)] is None]
+        done = {path: record for path in map(self._path, cells) if (record := self._load(path)) is not None}
+        todo = [cell for cell in cells if self._path(cell) not in done]
         with _Progress(self.console, len(cells), len(cells) - len(todo)) as progress:
             for cell in todo:
                 label = f"{cell['system']}, seed {cell['seed']}"
-                record = compute(cell, lambda text, label=label: progress.note(f"{label}: {text}"))
-                self._save(cell, record)
+                record = compute(cell, partial(progress.note, label))
+                self._save(self._path(cell), record)
                 done[self._path(cell)] = record
                 progress.advance(label)
-        return [record for cell in cells if (record := done[self._path(cell)]) is not None]
+        return [done[self._path(cell)] for cell in cells]
 
     def _path(self, cell: Cell) -> Path:
         text = json.dumps(cell, sort_keys=True)
         key = hashlib.blake2b(text.encode(), digest_size=4).hexdigest()
-        return self._cells / f"{cell['system']}-{cell['seed']}-{key}.json".replace(" ", "-").replace("/", "-")
+        name = re.sub(r"[^\w.]+", "-", f"{cell['system']}-{cell['seed']}-{key}")
+        return self._cells / f"{name}.json"
 
-    def _load(self, cell: Cell) -> Record | None:
+    def _load(self, path: Path) -> Record | None:
         try:
-            return dict(json.loads(self._path(cell).read_text()))
+            return dict(json.loads(path.read_text()))
         except (FileNotFoundError, ValueError):  # ValueError: the run was cut off as it wrote the file
             return None
 
-    def _save(self, cell: Cell, record: Record) -> None:
-        path = self._path(cell)
+    def _save(self, path: Path, record: Record) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         part = path.with_suffix(".part")
         part.write_text(json.dumps(record))
@@ -123,8 +125,8 @@ class _Progress:
     def __exit__(self, *exception: object) -> None:
         self.bar.stop()
 
-    def note(self, text: str) -> None:
-        self.bar.update(self.task, description=text)
+    def note(self, label: str, text: str) -> None:
+        self.bar.update(self.task, description=f"{label}: {text}")
 
     def advance(self, label: str) -> None:
         self.done += 1

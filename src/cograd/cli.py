@@ -1,0 +1,251 @@
+"""The command line: ``cograd list | show | run | demo | status | launch``."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import sys
+import time
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated, Any, NoReturn
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from cograd import __version__
+
+EXIT_FAILED, EXIT_USAGE, EXIT_DOES_NOT_HOLD = 1, 2, 3
+MIN_RECORDED_SEEDS = 3
+
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    help="Gradients and weights that are shared: 42 published methods, their claims, costs and leaks.",
+)
+out = Console(highlight=False)
+err = Console(stderr=True, highlight=False)
+
+Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
+Slug = Annotated[str, typer.Argument(help="The method's short name, as `cograd list` shows it.")]
+
+
+class Scale(StrEnum):
+    smoke = "smoke"
+    full = "full"
+
+
+def main() -> None:
+    """Entry point: 0 done; 1 error; 2 usage; 3 a claim does not hold."""
+    try:
+        app()
+    except KeyboardInterrupt:
+        err.print("interrupted; what was finished is saved, and the same command continues")
+        sys.exit(130)
+    except Exception as error:  # an error's text is for users; its trace is for who asks for it
+        _fail(error)
+
+
+@app.callback(invoke_without_command=True)
+def version(
+    show: Annotated[bool, typer.Option("--version", help="Print the version and exit.")] = False,
+) -> None:
+    if show:
+        out.print(__version__)
+        raise typer.Exit
+
+
+@app.command("list")
+def list_methods(as_json: Json = False) -> None:
+    """Every method: its room, and what it shares."""
+    from cograd.papers import every
+
+    papers = every()
+    if as_json:
+        keys = ("slug", "title", "room", "entry", "arxiv", "venue", "summary")
+        _print_json([{key: getattr(paper, key) for key in keys} for paper in papers])
+        return
+    table = Table("method", "room", "use", "what is shared", box=None)
+    for paper in papers:
+        table.add_row(f"[bold]{paper.slug}[/]", paper.room, paper.entry, paper.summary)
+    out.print(table)
+
+
+@app.command()
+def show(slug: Slug) -> None:
+    """A method's claims, its recorded figures, how to use it, and where its picture is."""
+    paper = _find(slug)
+    out.print(f"[bold]{paper.slug}[/]: {paper.summary}\n{paper.citation}\n")
+    result = paper.recorded()
+    if result is None:
+        out.print("No result is recorded.\n")
+    else:
+        _print_result(result)
+        out.print(f"picture: {paper.recorded_file('png')}\n", soft_wrap=True)
+    out.print("[bold]how to use it[/]")
+    out.print(escape(paper.usage))
+
+
+@app.command()
+def run(
+    slug: Slug,
+    scale: Annotated[Scale, typer.Option(help="smoke: does it run (seconds); full: do its claims hold.")] = (
+        Scale.full
+    ),
+    seeds: Annotated[int, typer.Option(min=0, help="Number of seeds; 0 is the paper's own number.")] = 0,
+    to: Annotated[Path | None, typer.Option("--out", help="Folder for cells, result and picture.")] = None,
+    json_file: Annotated[
+        Path | None, typer.Option("--json", help="Also write the result there; - is stdout.")
+    ] = None,
+    record: Annotated[
+        bool, typer.Option("--record", help="Make it the result that the package ships.")
+    ] = False,
+) -> None:
+    """Run a paper's claims. A rerun continues where the last one stopped."""
+    paper = _find(slug)
+    count = seeds or (paper.seeds if scale is Scale.full else 1)
+    if record and (scale is not Scale.full or count < MIN_RECORDED_SEEDS):
+        _usage(
+            f"--record needs --scale full and at least {MIN_RECORDED_SEEDS} seeds; got {scale.value}, {count}"
+        )
+    result, holds = _run(paper, scale.value, count, to or Path("runs") / f"{slug}-{scale.value}", json_file)
+    if record:
+        folder = Path(str(paper.recorded_file("json"))).parent
+        for suffix in ("json", "png"):
+            shutil.copy(result.with_suffix(f".{suffix}"), folder / f"{slug}.{suffix}")
+        err.print(f"recorded in {folder}", soft_wrap=True)
+    if not holds:
+        raise typer.Exit(EXIT_DOES_NOT_HOLD)
+
+
+@app.command()
+def demo(
+    to: Annotated[Path, typer.Option("--out", help="Folder for result and picture.")] = Path("runs/demo"),
+) -> None:
+    """Four workers train one network over a counted link: dense, gradient dropping, DGC. One seed."""
+    err.print(
+        "[bold]cograd demo[/]: four worker processes, one MLP, real MNIST images, every byte counted.\n"
+        "Dense SGD, naive gradient dropping and Deep Gradient Compression, 12 and 24 epochs, [bold]one seed[/] "
+        "(a look, not evidence: `cograd run dgc` has the seeds)."
+    )
+    _run(_find("dgc"), "demo", 1, to, None)
+
+
+@app.command()
+def status(as_json: Json = False) -> None:
+    """For every method: is a result recorded, do its claims hold, does it speak for the code as it is."""
+    from cograd.papers import every
+
+    rows = [paper.status() for paper in every()]
+    if as_json:
+        _print_json(rows)
+        return
+    table = Table("method", "room", "result", "claims that hold", "stale because of", box=None)
+    for row in rows:
+        held = f"{row['holds']} of {row['claims']}" if row["recorded"] else "-"
+        if row["unexplained"]:
+            held += f" [red](unexplained: {', '.join(row['unexplained'])})[/]"
+        causes = [*row["stale"][:3], *(["..."] if len(row["stale"]) > 3 else [])]
+        recorded = "recorded" if row["recorded"] else "none"
+        table.add_row(f"[bold]{row['slug']}[/]", row["room"], recorded, held, ", ".join(causes) or "-")
+    out.print(table)
+
+
+@app.command(context_settings={"ignore_unknown_options": True, "allow_interspersed_args": False})
+def launch(
+    script: Annotated[str, typer.Argument(help="The script, as torchrun would start it.")],
+    args: Annotated[list[str] | None, typer.Argument(help="Its arguments.")] = None,
+    workers: Annotated[int, typer.Option("--workers", "-n", min=1, help="Number of processes.")] = 4,
+    module: Annotated[bool, typer.Option("--module", "-m", help="SCRIPT is a module's name.")] = False,
+) -> None:
+    """Run a training script in worker processes on this machine; a dead worker is named within 30 s."""
+    from cograd.engines.launch import launch as start
+
+    start(script, args or [], workers, module=module)
+
+
+def _run(paper: Any, scale: str, seeds: int, folder: Path, json_file: Path | None) -> tuple[Path, bool]:
+    from cograd.papers._lab import Lab
+    from cograd.papers._paper import assemble
+
+    began = time.monotonic()
+    with Lab(scale, range(seeds), folder, paper.stamp(), err) as lab:
+        findings = paper.run(lab)
+    result = assemble(paper, lab, findings, time.monotonic() - began)
+    content = result.to_json()
+    file = folder / "result.json"
+    file.parent.mkdir(parents=True, exist_ok=True)
+    text = json.dumps(content, indent=1) + "\n"
+    file.write_text(text)
+    picture = file.with_suffix(".png")
+    paper.draw(content, picture)
+    if json_file is not None and str(json_file) == "-":
+        sys.stdout.write(text)
+    else:
+        if json_file is not None:
+            json_file.write_text(text)
+        _print_result(content)
+    err.print(f"result {file}, picture {picture}, {result.seconds:.0f} s", soft_wrap=True)
+    return file, result.holds
+
+
+def _print_result(result: dict[str, Any]) -> None:
+    """Table and claims of a result's JSON."""
+    metrics = list(dict.fromkeys(row["metric"] for row in result["table"]))
+    units = {row["metric"]: row["unit"] for row in result["table"]}
+    cells = {(row["system"], row["metric"]): row for row in result["table"]}
+    seeds = len(result["seeds"])
+    table = Table(title=f"{result['paper']}, {result['scale']}, {seeds} seed{'s' * (seeds > 1)}", box=None)
+    table.add_column("", no_wrap=True)
+    for metric in metrics:
+        table.add_column(f"{metric}, {units[metric]}" if units[metric] else metric, justify="right")
+    for system in dict.fromkeys(row["system"] for row in result["table"]):
+        table.add_row(system, *(_figure(cells.get((system, metric))) for metric in metrics))
+    out.print(table)
+    claims = Table("verdict", "claim", "measured", "asserted", "paper", box=None, title="claims")
+    for claim in result["claims"]:
+        verdict = {True: "[green]holds[/]", False: "[red]does not hold[/]", None: "reported"}[claim["holds"]]
+        unit = f" {claim['unit']}" if claim["unit"] else ""
+        text = escape(claim["text"])
+        if claim["holds"] is False:
+            text += f"\n[dim]{escape(claim['reason'] or 'no reason given yet')}[/]"
+        claims.add_row(
+            verdict,
+            text,
+            f"{_figure(claim, 'measured')}{unit}" if claim["measured"] is not None else "-",
+            f"{claim['op']} {claim['threshold']:g}" if claim["op"] else "-",
+            f"{claim['paper_value']:g}" if claim["paper_value"] is not None else "-",
+        )
+    out.print(claims)
+
+
+def _figure(row: dict[str, Any] | None, key: str = "mean") -> str:
+    if row is None or row[key] is None:
+        return "-"
+    return f"{row[key]:.4g}" + (f" ± {row['sd']:.2g}" if row["sd"] is not None else "")
+
+
+def _find(slug: str) -> Any:
+    from cograd.papers import UnknownMethod, find
+
+    try:
+        return find(slug)
+    except UnknownMethod as error:
+        _usage(str(error))
+
+
+def _usage(message: str) -> NoReturn:
+    err.print(f"[red]usage:[/] {escape(message)}", soft_wrap=True)
+    raise typer.Exit(EXIT_USAGE)
+
+
+def _fail(error: Exception) -> NoReturn:
+    err.print(f"[red]error:[/] {escape(str(error) or type(error).__name__)}", soft_wrap=True)
+    sys.exit(EXIT_FAILED)
+
+
+def _print_json(value: Any) -> None:
+    sys.stdout.write(json.dumps(value, indent=1) + "\n")
