@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import select
 import signal
 import subprocess
@@ -9,11 +10,12 @@ import sys
 import time
 from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 import cograd
-from cograd.engines.launch import WorkerError, Workers, launch
+from cograd.engines.launch import WorkerError, Workers, _Crew, _Worker, launch
 from cograd.engines.worker import _tell
 
 pytestmark = pytest.mark.skipif(os.name != "posix", reason="needs POSIX processes")
@@ -31,7 +33,7 @@ os.write(fifo, b"%d %d\\n" % (rank, os.getpid()))
 WAIT = ANNOUNCE + "signal.pause()\n"
 SUPERVISE = """
 import sys
-from cograd.engines.launch import launch
+from cograd.engines.launch import WorkerError, Workers, _Crew, _Worker, launch
 try:
     launch(sys.argv[1], sys.argv[2:], workers=2)
 except KeyboardInterrupt:
@@ -353,3 +355,42 @@ def test_what_was_raised_first_decides_whether_an_error_is_an_echo():
     cleanup.__context__ = cause
     assert _tell(cleanup) == (cause, False)
     assert _tell(RuntimeError("shape mismatch"))[1] is False
+
+
+def _worker(rank, *, error=None, consequence=False, time=0.0, **known):
+    if error is not None:
+        told = {"type": error, "message": "", "trace": "", "time": time, "consequence": consequence}
+        return _Worker(rank, SimpleNamespace(pid=os.getpid()), -1, error=told, **known)
+    return _Worker(rank, SimpleNamespace(pid=os.getpid()), -1, since=time, **known)
+
+
+def _echo(rank, time):
+    return _worker(rank, error="RuntimeError", consequence=True, time=time)
+
+
+@pytest.mark.parametrize(
+    ("workers", "rank", "reason"),
+    [
+        ([_echo(0, 1), _worker(1, error="ValueError", time=2), _echo(2, 3)], 1, "raised ValueError"),
+        ([_worker(0, error="KeyError", time=2), _worker(1, error="ValueError", time=1)], 1, "ValueError"),
+        ([_worker(0, error="KeyError", time=1), _worker(1, code=-9, time=2)], 1, "killed by SIGKILL"),
+        ([_worker(0, error="KeyError", time=1), _worker(1, code=-6, time=2)], 0, "raised KeyError"),
+        ([_worker(0, error="KeyError", time=1), _worker(1, silence=11.0)], 1, "stopped responding for 11 s"),
+        ([_echo(0, 1), _worker(1, silence=5.0), _worker(2)], 1, "stopped responding for 5 s"),
+        (
+            [_echo(0, 1), _worker(1, finished=True, code=0), _worker(2)],
+            1,
+            "exited with code 0 while its peers",
+        ),
+        ([_echo(0, 1), _worker(1, finished=True), _echo(2, 2)], 1, "returned while .* rank 0 failed"),
+        ([_echo(0, 2), _worker(1), _echo(2, 1)], 1, "was elsewhere while .* rank 2 failed"),
+        ([_worker(0), _echo(1, 2), _worker(2)], 1, r"still at work elsewhere: ranks \[0, 2\]"),
+    ],
+)
+def test_the_cause_is_told_from_its_effects(workers, rank, reason, monkeypatch):
+    monkeypatch.setattr("cograd.engines.launch._state", lambda worker: "S")
+    crew = _Crew(len(workers), threads=None, stall_after=10.0, env=None, ends_by_exit=True)
+    crew.workers = workers
+    verdict = crew._verdict()
+    assert verdict.rank == rank
+    assert re.search(reason, verdict.reason)

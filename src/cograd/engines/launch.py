@@ -106,9 +106,9 @@ class Workers:
         """Run ``module:qualname`` as ``function(ctx, **args)`` on every rank; the results in rank order.
 
         ``ctx`` is a ``cograd.engines.worker.Context``: ``rank``, ``size`` and ``progress(**event)``, which
-        calls ``on_progress(rank, event)`` here. The default process group (gloo) is initialised. Arguments,
-        events and results pass through JSON, so that tuples come out as lists. The module must be importable
-        from this process's ``sys.path``.
+        calls ``on_progress(rank, event)`` here. The default process group (gloo) is initialised; a collective
+        that some rank has not joined after 20 s fails. Arguments, events and results pass through JSON, so
+        that tuples come out as lists. The module must be importable from this process's ``sys.path``.
 
         Whatever the function raises comes back as a WorkerError and ends the pool, as does an exception of
         ``on_progress`` or a KeyboardInterrupt.
