@@ -36,17 +36,13 @@ def images(full: Path, name: str, column: str) -> None:
         chosen = []
         for label in range(10):
             rows = np.flatnonzero(labels == label)
-            chosen.append(
-                rows[stream(0, "embedded", name, split, label).choice(len(rows), per_class).numpy()]
-            )
+            chosen.append(rows[stream(0, "embedded", name, split, label).choice(len(rows), per_class).numpy()])
         rows = np.concatenate(chosen)
         rows = rows[stream(0, "embedded", name, split, "order").permutation(len(rows)).numpy()]
         encoded = [table[column][int(i)]["bytes"].as_py() for i in rows]
         subset = pa.table(
             {
-                column: pa.array(
-                    [{"bytes": image} for image in encoded], pa.struct([("bytes", pa.binary())])
-                ),
+                column: pa.array([{"bytes": image} for image in encoded], pa.struct([("bytes", pa.binary())])),
                 "label": pa.array(labels[rows], pa.int64()),
             }
         )
