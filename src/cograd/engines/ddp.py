@@ -100,10 +100,11 @@ class Attachment:
         return future
 
     def _exchange(self, buckets: list[tuple[GradBucket, torch.futures.Future[Tensor]]]) -> None:
-        gradients: dict[str, Tensor] = {}
+        arrived: dict[str, Tensor] = {}
         for bucket, _ in buckets:
             for parameter, gradient in zip(bucket.parameters(), bucket.gradients(), strict=True):
-                gradients[self._names[id(parameter)]] = gradient
+                arrived[self._names[id(parameter)]] = gradient
+        gradients = {name: arrived[name] for name in self.parameters}
         loss_scale = self.scaler.get_scale() if self.scaler is not None else 1.0
         update = self._update(gradients, loss_scale)
         if update is None:

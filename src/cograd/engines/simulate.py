@@ -58,7 +58,7 @@ class Simulation:
         for batch in batches:
             value = loss(batch)
             grads = torch.autograd.grad(value, list(self.parameters.values()), materialize_grads=True)
-            losses.append(float(value))
+            losses.append(float(value.detach()))
             gradients.append(dict(zip(self.parameters, grads, strict=True)))
         for party, grads_of in enumerate(gradients):
             bad = not_finite(grads_of)

@@ -425,8 +425,7 @@ def _tuned_claims(runs: Runs, tuned: Mapping[str, float]) -> list[Claim]:
 def _table(runs: Runs, systems: Sequence[str], lengths: Sequence[int], tuned: Mapping[str, float]) -> list[Row]:
     rows = []
     for system in systems:
-        for n in lengths:
-            rows.append(Row(system, f"accuracy, {n} epochs", "%", runs.last("accuracy", system, n)))
+        rows += [Row(system, f"accuracy, {n} epochs", "%", runs.last("accuracy", system, n)) for n in lengths]
         n = max(lengths)
         upload = [u / (STEPS * n) / 1024 for u in runs.last("upload", system, n)]
         seconds = [1000 * r["link_seconds_a_step"] for r in runs.records(system, n)]
