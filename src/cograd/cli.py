@@ -86,7 +86,7 @@ def show(slug: Slug) -> None:
         _print_result(result)
         out.print(f"picture: {paper.recorded_file('png')}\n", soft_wrap=True)
     out.print("[bold]how to use it[/]")
-    out.print(escape(paper.usage))
+    out.print(escape(paper.usage), soft_wrap=True)
 
 
 @app.command()
@@ -145,7 +145,7 @@ def status(as_json: Json = False) -> None:
         return
     table = Table("method", "room", "result", "claims that hold", "stale because of", box=None)
     for row in rows:
-        held = f"{row['holds']} of {row['claims']}" if row["recorded"] else "-"
+        held = f"{row['held']} of {row['claims']}" if row["recorded"] else "-"
         if row["unexplained"]:
             held += f" [red](unexplained: {', '.join(row['unexplained'])})[/]"
         causes = [*row["stale"][:3], *(["..."] if len(row["stale"]) > 3 else [])]
@@ -249,3 +249,7 @@ def _fail(error: Exception) -> NoReturn:
 
 def _print_json(value: Any) -> None:
     sys.stdout.write(json.dumps(value, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

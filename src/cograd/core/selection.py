@@ -18,6 +18,8 @@ from torch import Tensor
 from cograd.core.streams import stream
 
 BLOCK = 32
+EXACT_BELOW = 1 << 18
+"""Segments with fewer entries are not sampled: finding their top k exactly takes no longer."""
 UNDER = 0.8
 """A sampled threshold that finds fewer than this share of k entries is lowered by this factor, ..."""
 ATTEMPTS = 10
@@ -52,8 +54,8 @@ class Sampled:
     """A threshold from about ``ratio`` of each segment's entries, sampled at a stride from a random start.
 
     The number found lies in [0.8 k, k] unless ten corrections do not reach 0.8 k, and is never above k: where
-    more pass the threshold, the largest k of them are kept. Segments too small to sample (two expected hits
-    or fewer in the whole of it) are searched exactly. ``ratio`` = 1 is `Exact`.
+    more pass the threshold, the largest k of them are kept. Segments of fewer than 2^18 entries are searched
+    exactly, which takes no longer there. ``ratio`` = 1 is `Exact`.
 
     The start is drawn from the stream of (seed, round, party), so a run can be repeated bit for bit.
     """
@@ -71,7 +73,7 @@ class Sampled:
         parts, offset = [], 0
         for part, k in zip(torch.split(x, list(layout)), counts, strict=True):
             n = len(part)
-            stride = sample_stride(n, k / n, self.ratio) if k else 1
+            stride = sample_stride(n, k / n, self.ratio) if n >= EXACT_BELOW else 1
             found = exact(part, k) if stride == 1 else sampled(part, k, stride, starts.integer(stride))
             parts.append(found + offset)
             offset += n
@@ -154,8 +156,11 @@ class Blocks:
     def reaching(self, threshold: Tensor) -> Tensor:
         """Ascending positions where |x| >= threshold."""
         columns = (self.maxima >= threshold).nonzero().squeeze(1)
-        if len(columns) > self.columns // 8:
+        if len(columns) > self.columns // 2:
             return (self.x.abs() >= threshold).nonzero().squeeze(1)
-        rows, hits = (self.body[:, columns].abs() >= threshold).nonzero(as_tuple=True)
+        rows, hits = (self.body.index_select(1, columns).abs_() >= threshold).nonzero(as_tuple=True)
+        found = rows * self.columns + columns[hits]
+        if not len(self.tail):
+            return found
         tail = (self.tail.abs() >= threshold).nonzero().squeeze(1) + BLOCK * self.columns
-        return torch.cat([rows * self.columns + columns[hits], tail])
+        return torch.cat([found, tail])

@@ -202,11 +202,11 @@ class Attachment:
     # What must be in a checkpoint, one a rank.
 
     def state_dict(self) -> dict[str, Any]:
-        """The exchange's state, and the decay's velocity by parameter where there is one."""
+        """The exchange's state, and the decay's velocity by parameter where there is one (all ranks the same)."""
         decay = None
         if self._decay is not None:
             decay = {n: v.clone() for n, v in self.exchange.space.views(self._decay).items()}
-        return {"exchange": self.exchange.state_dict(), "decay": decay}
+        return {**self.exchange.state_dict(), "decay": decay}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue from `state_dict`, bit for bit. Raises ValueError where it does not fit this run."""
@@ -214,7 +214,7 @@ class Attachment:
             raise ValueError(
                 "the state was saved with another weight_decay setting (zero or not) than this run's"
             )
-        self.exchange.load_state_dict(state["exchange"])
+        self.exchange.load_state_dict(state)
         if self._decay is not None:
             self.exchange.space.flatten(state["decay"], out=self._decay)
 

@@ -69,16 +69,17 @@ class Paper:
         return resources.files("cograd").joinpath("results", f"{self.slug}.{suffix}")
 
     def status(self) -> dict[str, Any]:
-        """Whether a result is recorded, its claims hold, and it speaks for the code as it is."""
+        """Whether a result is recorded, how many claims it asserts and whether all hold (None without a
+        result), which of those that do not are unexplained, and what made it stale."""
         result = self.recorded()
-        claims = result["claims"] if result else []
-        asserted = [c for c in claims if c["holds"] is not None]
+        asserted = [c for c in result["claims"] if c["holds"] is not None] if result else []
         return {
             "slug": self.slug,
             "room": self.room,
             "recorded": result is not None,
             "claims": len(asserted),
-            "holds": sum(c["holds"] for c in asserted),
+            "holds": all(c["holds"] for c in asserted) if result else None,
+            "held": sum(c["holds"] for c in asserted),
             "unexplained": [c["id"] for c in asserted if not c["holds"] and not c["reason"]],
             "stale": stale(result["stamp"], self.stamp()) if result else [],
         }
