@@ -343,9 +343,10 @@ class DGC:
     def reshard(states: Sequence[Mapping[str, Any]], members: int) -> list[dict[str, Any]]:
         """The states of all workers of a run -> states for another number of workers.
 
-        Takes what `state_dict` of the exchange or of its attachment gave. The rule: what the workers owe the model together stays the same. Each new worker gets the mean
-        share, sum / ``members``, of velocities and of residuals; a dense tensor's velocity is global and
-        stays as it is. Raises ValueError if the states are not of one run's workers, each once.
+        Takes what `state_dict` of the exchange or of its attachment gave. The rule: what the workers owe the
+        model together stays the same. Each new worker gets the mean share, sum / ``members``, of velocities
+        and of residuals; a dense tensor's velocity is global and stays as it is. Raises ValueError if the
+        states are not of one run's workers, each once.
         """
         if members < 1:
             raise ValueError(f"members must be >= 1; got {members}")
