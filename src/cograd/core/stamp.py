@@ -88,10 +88,9 @@ def _hash(path: Path) -> str:
 
 def _canonical(node: Any) -> str:
     """A syntax tree as text that does not depend on Python's version: empty fields are left out, since
-    versions differ in which ones they have. So are statements that are a string and nothing else: docstrings,
-    and the text that documents a constant."""
+    versions differ in which ones they have, and so are parts that do nothing."""
     if isinstance(node, ast.AST):
-        fields = ((k, _stripped(v)) for k, v in ast.iter_fields(node))
+        fields = ((k, _without_idle(node, v)) for k, v in ast.iter_fields(node))
         kept = (f"{k}={_canonical(v)}" for k, v in fields if v is not None and v != [])
         return f"{type(node).__name__}({', '.join(kept)})"
     if isinstance(node, list):
@@ -99,13 +98,14 @@ def _canonical(node: Any) -> str:
     return repr(node)
 
 
-def _stripped(field: Any) -> Any:
-    return [n for n in field if not _is_text(n)] if isinstance(field, list) else field
+def _without_idle(parent: ast.AST, value: Any) -> Any:
+    return [node for node in value if not _is_idle(parent, node)] if isinstance(value, list) else value
 
 
-def _is_text(node: Any) -> bool:
-    return (
-        isinstance(node, ast.Expr)
-        and isinstance(node.value, ast.Constant)
-        and isinstance(node.value.value, str)
-    )
+def _is_idle(parent: ast.AST, node: Any) -> bool:
+    """Whether a part does nothing: a statement that is a string and nothing else (a docstring, the text that
+    documents a constant), or the empty piece that Python 3.12 adds to some f-strings."""
+    text = node.value if isinstance(node, ast.Expr) else node
+    if not isinstance(text, ast.Constant) or not isinstance(text.value, str):
+        return False
+    return text is not node or (isinstance(parent, ast.JoinedStr) and not text.value)
