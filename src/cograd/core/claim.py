@@ -18,6 +18,7 @@ SCHEMA_VERSION = "cograd-result/1"
 Kind = Literal["exact", "measured", "reported"]
 Op = Literal["<=", ">=", "=="]
 
+_KINDS = ("exact", "measured", "reported")
 _OPS = {"<=": lambda a, b: a <= b, ">=": lambda a, b: a >= b, "==": lambda a, b: a == b}
 
 
@@ -30,7 +31,8 @@ class Claim:
     reported and asserts nothing. ``kind`` *exact* is arithmetic, *measured* comes from runs here, *reported*
     only quotes the paper. ``reason`` says why a claim does not hold.
 
-    Raises ValueError for an assertion without numbers, threshold or threshold_source.
+    Raises ValueError for an unknown kind or op and for an assertion without numbers, threshold or
+    threshold_source.
     """
 
     id: str
@@ -46,6 +48,11 @@ class Claim:
     reason: str | None = None
 
     def __post_init__(self) -> None:
+        if self.kind not in _KINDS or self.op not in (None, *_OPS):
+            raise ValueError(
+                f"claim {self.id!r}: kind must be one of {', '.join(_KINDS)} and op None or one of "
+                f"{', '.join(_OPS)}; got {self.kind!r}, {self.op!r}"
+            )
         if self.op is not None and (not self.values or self.threshold is None or self.threshold_source is None):
             raise ValueError(
                 f"claim {self.id!r} asserts {self.op}: it needs values, a threshold and where that is from"
@@ -59,7 +66,7 @@ class Claim:
 
     @property
     def sd(self) -> float | None:
-        return stdev(self.values) if len(self.values) > 1 else None
+        return _sd(self.values)
 
     @property
     def holds(self) -> bool | None:
@@ -79,12 +86,12 @@ class Claim:
             "source": self.source,
             "kind": self.kind,
             "unit": self.unit,
-            "paper_value": self.paper_value,
+            "paper_value": _finite(self.paper_value),
             "measured": _number(self.measured),
             "sd": _number(self.sd),
             "n": len(self.values),
             "op": self.op,
-            "threshold": self.threshold,
+            "threshold": _finite(self.threshold),
             "threshold_source": self.threshold_source,
             "holds": self.holds,
             "reason": self.reason,
@@ -101,13 +108,12 @@ class Row:
     values: Sequence[float]
 
     def to_json(self) -> dict[str, Any]:
-        sd = stdev(self.values) if len(self.values) > 1 else None
         return {
             "system": self.system,
             "metric": self.metric,
             "unit": self.unit,
             "mean": _number(mean(self.values)),
-            "sd": _number(sd),
+            "sd": _number(_sd(self.values)),
             "n": len(self.values),
         }
 
@@ -130,7 +136,7 @@ class Curve:
             "x_label": self.x_label,
             "x": list(self.x),
             "mean": [_number(mean(c)) for c in columns],
-            "sd": [_number(stdev(c)) if len(c) > 1 else None for c in columns],
+            "sd": [_number(_sd(c)) for c in columns],
         }
 
 
@@ -172,6 +178,18 @@ def _number(x: float | None) -> float | None:
     return float(f"{x:.6g}") if x is not None and math.isfinite(x) else None
 
 
+def _finite(x: float | None) -> float | None:
+    """A number that was given, all its digits, as JSON can hold it."""
+    return x if x is not None and math.isfinite(x) else None
+
+
+def _sd(values: Sequence[float]) -> float | None:
+    """Standard deviation; None for a single value, NaN where one is not finite (`stdev` raises there)."""
+    if len(values) < 2:
+        return None
+    return stdev(values) if all(map(math.isfinite, values)) else math.nan
+
+
 def environment() -> dict[str, Any]:
     """What the numbers were measured on."""
     return {
@@ -185,5 +203,5 @@ def environment() -> dict[str, Any]:
 
 def result_schema() -> dict[str, Any]:
     """The JSON Schema of a result file."""
-    text = resources.files("cograd.core").joinpath("result.schema.json").read_text()
+    text = resources.files("cograd.core").joinpath("result.schema.json").read_text(encoding="utf-8")
     return dict(json.loads(text))

@@ -121,7 +121,8 @@ def reduce(
     in the same order gets the same bits. ``out`` (numel,) is overwritten if given. The decoders' common
     default; a codec that is linear may add coded payloads instead."""
     total = out.zero_() if out is not None else torch.zeros(sum(layout))
-    for payload, ctx, weight in zip(payloads, ctxs, weights or [1.0] * len(payloads), strict=True):
+    weights = [1.0] * len(payloads) if weights is None else weights
+    for payload, ctx, weight in zip(payloads, ctxs, weights, strict=True):
         codec.decode(payload, layout, ctx).add_to(total, weight)
     return total
 
@@ -345,7 +346,7 @@ class RandomK:
 
     def _positions(self, layout: Layout, ctx: Context) -> tuple[Tensor, Tensor]:
         draws = stream(ctx.seed, "random-k", ctx.round, -1 if self.common else ctx.party)
-        offset, parts, scales = 0, [], []
+        offset, parts, scales = 0, [torch.empty(0, dtype=torch.int64)], [torch.empty(0)]
         for n, k in zip(layout, self._counts(layout), strict=True):
             parts.append(draws.choice(n, k) + offset)
             scales.append(torch.full((k,), n / max(k, 1)))
@@ -371,15 +372,16 @@ class Uniform:
 
     def encode(self, x: Tensor, layout: Layout, ctx: Context, state: State | None = None) -> Encoded:
         top = 2 ** (self.bits - 1) - 1
-        parts = torch.split(_checked(x, layout).detach().float().cpu(), list(layout))
-        steps = torch.tensor([float(p.abs().max()) / top if len(p) else 0.0 for p in parts])
+        vector = _checked(x, layout).detach().float().cpu()
+        maxima = [float(p.abs().max()) if len(p) else 0.0 for p in torch.split(vector, list(layout))]
+        steps = torch.tensor([m / top for m in maxima], dtype=torch.float32)
         if not bool(torch.isfinite(steps).all()):
             raise ValueError("x must be finite to be quantised; it holds NaN or infinity")
-        per_entry = torch.repeat_interleave(steps, torch.tensor(layout))
-        levels = torch.cat(parts) / torch.where(per_entry > 0, per_entry, 1.0)
+        per_entry = self._per_entry(steps, layout)
+        levels = vector / torch.where(per_entry > 0, per_entry, 1.0)
         if self.stochastic:
             levels = (levels + stream(ctx.seed, "uniform", ctx.round, ctx.party).uniform(len(x))).floor()
-        levels = levels.round().clamp(-top, top)
+        levels = levels.round().clamp(-top, top) + 0.0  # no -0, which a code cannot hold
         payload = bytearray(steps.numpy().astype("<f4").tobytes() + self._pack(levels))
         return Encoded(payload, Dense((levels * per_entry).to(x.device, x.dtype)), state or {})
 
@@ -388,11 +390,16 @@ class Uniform:
             raise CodecError(f"{self!r} expects {self.nbytes(layout)} bytes; got {len(payload)}")
         view, head = memoryview(payload), 4 * len(layout)
         steps = torch.from_numpy(np.frombuffer(view[:head], dtype="<f4").copy())
-        levels = self._unpack(view[head:], sum(layout))
-        return Dense(levels * torch.repeat_interleave(steps, torch.tensor(layout)))
+        if not bool((steps.isfinite() & (steps >= 0)).all()):
+            raise CodecError(f"steps must be finite and >= 0; got {float(steps.min())} .. {float(steps.max())}")
+        return Dense(self._unpack(view[head:], sum(layout)) * self._per_entry(steps, layout))
 
     def nbytes(self, layout: Layout) -> int:
         return 4 * len(layout) + math.ceil(sum(layout) * self.bits / 8)
+
+    @staticmethod
+    def _per_entry(steps: Tensor, layout: Layout) -> Tensor:
+        return torch.repeat_interleave(steps, torch.tensor(layout, dtype=torch.int64))
 
     def _pack(self, levels: Tensor) -> bytes:
         if self.bits == 16:
@@ -420,6 +427,12 @@ class Split:
     tail: Codec
     segments: int
 
+    def __post_init__(self) -> None:
+        if not isinstance(self.head, FixedLength):
+            raise ValueError(f"head must be a codec of fixed length; got {self.head!r}")
+        if self.segments < 0:
+            raise ValueError(f"segments must be >= 0; got {self.segments}")
+
     def encode(self, x: Tensor, layout: Layout, ctx: Context, state: State | None = None) -> Encoded:
         front, back = layout[: self.segments], layout[self.segments :]
         size = sum(front)
@@ -439,7 +452,7 @@ class Split:
 
 def _joined(head: Tensor, tail: Decoded) -> Decoded:
     if isinstance(tail, Dense):
-        return Dense(torch.cat([head, tail.values.to(head.device, head.dtype)]))
+        return Dense(torch.cat([head, tail.values.to(head.device)]))
     front = torch.arange(len(head), device=tail.indices.device)
     indices = torch.cat([front, tail.indices + len(head)])
     return Sparse(indices, torch.cat([head.to(tail.values.device), tail.values]), len(head) + tail.numel)

@@ -77,6 +77,9 @@ class Ledger:
     ) -> None:
         """Record one message. ``frame`` is payload and wrapping together and defaults to the payload's size."""
         frame = payload + schema if frame is None else frame
+        entry = Entry(sender, to, round, payload, frame, schema, copies)
+        if not all(hasattr(n, "__index__") for n in entry):
+            raise ValueError(f"parties, round and sizes must be whole numbers; got {entry}")
         if min(payload, schema, round, copies) < 0 or frame < payload + schema:
             raise ValueError(
                 f"sizes must be >= 0 and frame >= payload + schema; got payload={payload}, frame={frame}, "
@@ -84,9 +87,7 @@ class Ledger:
             )
         self._charge(sender, "payload", self._sent[sender] + payload)
         self._sent[sender] += payload
-        for column, value in zip(
-            self._columns, (sender, to, round, payload, frame, schema, copies), strict=True
-        ):
+        for column, value in zip(self._columns, entry, strict=True):
             column.append(value)
 
     def work(self, party: int, kind: str, amount: float = 1) -> None:
@@ -135,7 +136,7 @@ class Link:
     jitter: float = 0.0
 
     def __post_init__(self) -> None:
-        if not self.bandwidth > 0 or not min(self.latency, self.jitter) >= 0:
+        if not self.bandwidth > 0 or not (self.latency >= 0 and self.jitter >= 0):
             raise ValueError(f"bandwidth must be > 0, latency and jitter >= 0; got {self}")
 
     def seconds(self, ledger: Ledger, parties: int) -> float:
@@ -143,6 +144,8 @@ class Link:
         its bytes at once in both directions, and the slowest one ends it."""
         load: dict[int, list[list[float]]] = {}
         for e in ledger:
+            if not 0 <= e.sender < parties or not (e.to == ALL or 0 <= e.to < parties):
+                raise ValueError(f"parties must be more than every party of the ledger; got {parties}, {e}")
             out, inn = load.setdefault(e.round, [[0.0] * parties, [0.0] * parties])
             out[e.sender] += e.frame * e.copies
             receivers = [p for p in range(parties) if p != e.sender] if e.to == ALL else [e.to]

@@ -75,7 +75,10 @@ class Schema:
         try:
             content = json.loads(bytes(data))
             fields = tuple(_field(*entry) for entry in content["fields"])
-            schema = cls(fields, content["codec"], content["generator"])
+            codec, generator = content["codec"], content["generator"]
+            if not isinstance(codec, str) or not isinstance(generator, str):
+                raise ValueError(f"codec and generator are text; got {type(codec)}, {type(generator)}")
+            schema = cls(fields, codec, generator)
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise SchemaError(f"not a schema: {error}") from None
         if schema.to_bytes() != bytes(data):
@@ -83,13 +86,16 @@ class Schema:
         return schema
 
 
+# a table, since `getattr(torch, text)` would let text from elsewhere import and warn
+_DTYPES = {str(d).removeprefix("torch."): d for d in vars(torch).values() if isinstance(d, torch.dtype)}
+
+
 def _field(name: Any, shape: Any, dtype: Any) -> Field:
-    kind = getattr(torch, dtype)
-    if not isinstance(name, str) or not isinstance(kind, torch.dtype):
+    if not isinstance(name, str) or dtype not in _DTYPES:
         raise ValueError(f"a field is a name, a shape and a dtype; got {name!r}, {dtype!r}")
     if not all(type(n) is int and n >= 0 for n in shape):
         raise ValueError(f"the shape of {name!r} must hold sizes; got {shape!r}")
-    return Field(name, tuple(shape), kind)
+    return Field(name, tuple(shape), _DTYPES[dtype])
 
 
 _HEADER = struct.Struct("<4sB3x16sQIIQ")  # magic, kind, session, round, sender, zero, payload length
@@ -112,6 +118,14 @@ class Frame:
 
     OVERHEAD = _HEADER.size + _SUM
     """Bytes that a frame adds to its payload."""
+
+    def __post_init__(self) -> None:
+        if len(self.session) != 16:
+            raise ValueError(f"session must be 16 bytes (see session_id); got {len(self.session)}")
+        if not 0 <= self.round < 2**64 or not 0 <= self.sender < 2**32:
+            raise ValueError(
+                f"round must be in 0 .. 2^64 - 1 and sender in 0 .. 2^32 - 1; got {self.round}, {self.sender}"
+            )
 
     def pack(self) -> bytes:
         head = _HEADER.pack(

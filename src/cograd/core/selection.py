@@ -42,7 +42,7 @@ class Exact:
     def select(
         self, x: Tensor, layout: tuple[int, ...], counts: list[int], seed: int, round: int, party: int
     ) -> Tensor:
-        parts, offset = [], 0
+        parts, offset = [_none(x)], 0
         for part, k in zip(torch.split(x, list(layout)), counts, strict=True):
             parts.append(exact(part, k) + offset)
             offset += len(part)
@@ -70,7 +70,7 @@ class Sampled:
         self, x: Tensor, layout: tuple[int, ...], counts: list[int], seed: int, round: int, party: int
     ) -> Tensor:
         starts = stream(seed, "sampled-threshold", round, party)
-        parts, offset = [], 0
+        parts, offset = [_none(x)], 0
         for part, k in zip(torch.split(x, list(layout)), counts, strict=True):
             n = len(part)
             stride = sample_stride(n, k / n, self.ratio) if n >= EXACT_BELOW else 1
@@ -110,13 +110,17 @@ def sampled(x: Tensor, k: int, stride: int, start: int) -> Tensor:
 def exact(x: Tensor, k: int) -> Tensor:
     """Positions of the k largest magnitudes, ascending; ties go to the lower position."""
     if k == 0:
-        return torch.empty(0, dtype=torch.int64, device=x.device)
+        return _none(x)
     blocks = Blocks(x)
     if k > len(blocks.maxima) // 2:
         return largest(x.abs(), k)
     # The k-th largest block maximum is reached by at least k entries, so no entry of the top k lies below it.
     found = blocks.reaching(blocks.maxima.topk(k, sorted=False).values.min())
     return found[largest(x[found].abs(), k)]
+
+
+def _none(x: Tensor) -> Tensor:
+    return torch.empty(0, dtype=torch.int64, device=x.device)
 
 
 def largest(magnitudes: Tensor, k: int) -> Tensor:

@@ -1,8 +1,9 @@
 """The stamp of a result: what code and data it speaks for, file by file.
 
 A result is stale when something that it was made by has changed. The stamp hashes the syntax tree (without
-docstrings, comments and positions) of every cograd module that the paper's file imports, directly or not, so
-that a reformatted or better documented file makes nothing stale and a changed constant does.
+docstrings, other bare strings, comments and positions) of every cograd module that the paper's file imports,
+directly or not, so that a reformatted or better documented file makes nothing stale and a changed constant
+does.
 """
 
 from __future__ import annotations
@@ -40,6 +41,8 @@ def stale(recorded: Mapping[str, Any], current: Mapping[str, Any]) -> list[str]:
 
 def closure(module: str) -> dict[str, Path]:
     """The modules of cograd that ``module`` imports, directly or not, itself included: file by short name."""
+    if _source(module) is None:
+        raise ValueError(f"module must be one that can be imported; got {module!r}")
     package = module.partition(".")[0]
     todo, found = [module], {}
     while todo:
@@ -66,7 +69,7 @@ def _source(name: str) -> Path | None:
 def _imports(path: Path, name: str) -> Iterator[str]:
     """Names imported anywhere in a file, functions included; `from a import b` yields both a and a.b."""
     here = name if path.name == "__init__.py" else name.rpartition(".")[0]
-    for node in ast.walk(ast.parse(path.read_text())):
+    for node in ast.walk(ast.parse(path.read_bytes())):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
@@ -79,29 +82,30 @@ def _imports(path: Path, name: str) -> Iterator[str]:
 
 
 def _hash(path: Path) -> str:
-    tree = ast.parse(path.read_text())
-    for node in ast.walk(tree):
-        body = getattr(node, "body", None)
-        documented = ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef
-        if isinstance(node, documented) and body and _is_text(body[0]):
-            node.body = body[1:]
-    return hashlib.blake2b(_canonical(tree).encode(), digest_size=8).hexdigest()
+    tree = _canonical(ast.parse(path.read_bytes()))
+    return hashlib.blake2b(tree.encode(), digest_size=8).hexdigest()
 
 
 def _canonical(node: Any) -> str:
     """A syntax tree as text that does not depend on Python's version: empty fields are left out, since
-    versions differ in which ones they have."""
+    versions differ in which ones they have, and so are parts that do nothing."""
     if isinstance(node, ast.AST):
-        fields = (f"{k}={_canonical(v)}" for k, v in ast.iter_fields(node) if v is not None and v != [])
-        return f"{type(node).__name__}({', '.join(fields)})"
+        fields = ((k, _without_idle(node, v)) for k, v in ast.iter_fields(node))
+        kept = (f"{k}={_canonical(v)}" for k, v in fields if v is not None and v != [])
+        return f"{type(node).__name__}({', '.join(kept)})"
     if isinstance(node, list):
         return f"[{', '.join(map(_canonical, node))}]"
     return repr(node)
 
 
-def _is_text(node: ast.AST) -> bool:
-    return (
-        isinstance(node, ast.Expr)
-        and isinstance(node.value, ast.Constant)
-        and isinstance(node.value.value, str)
-    )
+def _without_idle(parent: ast.AST, value: Any) -> Any:
+    return [node for node in value if not _is_idle(parent, node)] if isinstance(value, list) else value
+
+
+def _is_idle(parent: ast.AST, node: Any) -> bool:
+    """Whether a part does nothing: a statement that is a string and nothing else (a docstring, the text that
+    documents a constant), or the empty piece that Python 3.12 adds to some f-strings."""
+    text = node.value if isinstance(node, ast.Expr) else node
+    if not isinstance(text, ast.Constant) or not isinstance(text.value, str):
+        return False
+    return text is not node or (isinstance(parent, ast.JoinedStr) and not text.value)

@@ -95,9 +95,10 @@ def run(
     """Apply a chain to ``scale * x``, a slice that starts at element ``at`` of the state's vectors.
 
     What comes out is in the state that the last stage left, and in ``out`` (as long as ``x``, and may be
-    ``x``) if given. ``x`` may have another floating dtype than the state.
+    ``x``) if given, contiguous. ``x`` may have another floating dtype than the state.
     """
     x = x.reshape(-1)
+    out = out.view(-1) if out is not None else None
     dtype = next(iter(state.values())).dtype if state else x.dtype
     for start in range(0, len(x), TILE):
         tile = x[start : start + TILE].to(dtype)
