@@ -1,0 +1,1 @@
+"""How parties run and reach each other: in one process, on DistributedDataParallel, in worker processes."""
