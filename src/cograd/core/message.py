@@ -114,6 +114,7 @@ class Frame:
     """Bytes that a frame adds to its payload."""
 
     def pack(self) -> bytes:
+        """Header, payload and checksum as bytes: inverse of `unpack`."""
         head = _HEADER.pack(
             _MAGIC, int(self.error), self.session, self.round, self.sender, 0, len(self.payload)
         )
