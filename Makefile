@@ -27,7 +27,7 @@ test: lint
 	$(BIN)/pytest --cov=cograd.core --cov-report=term --cov-fail-under=90
 
 docs: setup
-	$(BIN)/mkdocs build --strict
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 bench: setup
 	$(BIN)/python -m bench.dgc_step

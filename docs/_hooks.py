@@ -95,15 +95,16 @@ def method_page(paper: Paper, result: dict[str, Any] | None) -> str:
     entry = _entry(paper)
     module = import_module(entry.__module__)
     sections = [
-        f"# {entry.__name__}: {paper.summary}",
+        f"# {entry.__name__}",
+        f"{paper.summary[:1].upper()}{paper.summary[1:]}.",
         f"{paper.authors}: *{paper.title}*. {paper.venue}. "
         f"[arXiv:{paper.arxiv}](https://arxiv.org/abs/{paper.arxiv})",
         "## The method",
         inspect.getdoc(module) or "",
         "## Use",
         f"```python\n{paper.usage.rstrip()}\n```",
-        f"Start it with `cograd launch -n 4 train.py`, or with `torchrun` on several machines: "
-        f"see [{paper.room}](../index.md#start-on-several-machines).",
+        "Start it with `cograd launch -n 4 train.py`, or with `torchrun` on several machines: see the "
+        "[start page](../index.md#start-on-one-machine).",
         "## Recorded result",
         no_result(paper) if result is None else recorded(paper, result),
         "## Run it again",
@@ -148,7 +149,7 @@ def recorded(paper: Paper, result: dict[str, Any]) -> str:
     """Picture, claims and figures of a result's JSON."""
     parts = []
     if Path(str(paper.recorded_file("png"))).is_file():
-        parts.append(f"![Curves of {paper.slug}]({paper.slug}.png)")
+        parts.append(f"[![Curves of {paper.slug}]({paper.slug}.png)]({paper.slug}.png)")
     parts += ["### Claims", claims_table(result["claims"]), "### Figures", figures_table(result)]
     env = result["environment"]
     parts.append(
@@ -226,7 +227,7 @@ def house() -> str:
     lines = []
     for name in reversed(rooms):
         doc = inspect.getdoc(import_module(f"cograd.{name}")) or ""
-        lines.append(f"- `cograd.{name}` — {doc.splitlines()[0] if doc else ''}")
+        lines.append(f"- `cograd.{name}`: {doc.splitlines()[0] if doc else ''}")
     return "\n".join(lines) + f"\n\nFloors, top first: {', then '.join(floors)}."
 
 
@@ -271,7 +272,8 @@ def _flags(parameter: Any) -> str:
 
 
 def _default(parameter: Any) -> str:
-    if parameter.default in (None, False, ()) or parameter.required or callable(parameter.default):
+    shown = parameter.default is not None and parameter.default is not False
+    if not shown or parameter.required or callable(parameter.default):
         return ""
     return f"`{getattr(parameter.default, 'value', parameter.default)}`"
 

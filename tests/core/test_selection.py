@@ -128,7 +128,7 @@ def test_a_sampled_threshold_finds_between_four_fifths_and_all_of_k(draw, seed):
 
 
 def test_the_sample_start_depends_on_seed_round_and_party_alone():
-    x, k = gaussian(100_000, "start"), 1000
+    x, k = gaussian(300_000, "start"), 3000
 
     def positions(seed: int, round: int, party: int) -> tuple[int, ...]:
         return tuple(Sampled(0.01).select(x, (len(x),), [k], seed, round, party).tolist())

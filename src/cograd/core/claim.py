@@ -62,10 +62,12 @@ class Claim:
 
     @property
     def measured(self) -> float | None:
+        """Mean of the values; None if there are none."""
         return mean(self.values) if self.values else None
 
     @property
     def sd(self) -> float | None:
+        """Sample standard deviation of the values; None for fewer than two."""
         return _sd(self.values)
 
     @property
@@ -77,6 +79,7 @@ class Claim:
 
     @property
     def verdict(self) -> str:
+        """``holds``, ``does not hold`` or ``reported``."""
         return {True: "holds", False: "does not hold", None: "reported"}[self.holds]
 
     def to_json(self) -> dict[str, Any]:

@@ -89,6 +89,8 @@ Decoded: TypeAlias = Dense | Sparse
 
 @dataclass(frozen=True)
 class Encoded:
+    """What `encode` gives: the payload, what the receiver will decode from it, and the codec's state after."""
+
     payload: bytearray
     kept: Decoded
     state: State = field(default_factory=dict)

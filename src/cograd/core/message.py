@@ -128,6 +128,7 @@ class Frame:
             )
 
     def pack(self) -> bytes:
+        """Header, payload and checksum as bytes: inverse of `unpack`."""
         head = _HEADER.pack(
             _MAGIC, int(self.error), self.session, self.round, self.sender, 0, len(self.payload)
         )

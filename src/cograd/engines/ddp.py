@@ -202,7 +202,7 @@ class Attachment:
     # What must be in a checkpoint, one a rank.
 
     def state_dict(self) -> dict[str, Any]:
-        """The exchange's state, and the decay's velocity by parameter where there is one (alike on all ranks)."""
+        """The exchange's state, and the decay's velocity by parameter where there is one."""
         decay = None
         if self._decay is not None:
             decay = {n: v.clone() for n, v in self.exchange.space.views(self._decay).items()}
