@@ -14,6 +14,7 @@ from cograd.core.selection import BLOCK, UNDER, Blocks, Exact, Sampled, exact, l
 from core.support import cauchy, gaussian
 
 N = 10**6
+SAMPLED = Sampled(0.01, exact_below=0)
 INTEGERS = st.lists(st.integers(-3, 3), max_size=150).map(lambda v: torch.tensor(v, dtype=torch.float32))
 
 
@@ -122,16 +123,16 @@ def test_block_maxima_are_of_magnitudes_and_leave_the_vector_alone():
 def test_a_sampled_threshold_finds_between_four_fifths_and_all_of_k(draw, seed):
     x, k = draw(N, "sampled", seed), N // 1000
     for round in range(3):
-        found = select(Sampled(0.01), x, k, seed, round)
+        found = select(SAMPLED, x, k, seed, round)
         assert UNDER * k <= len(found) <= k
         assert found.tolist() == sorted(x.abs().topk(len(found)).indices.tolist())
 
 
 def test_the_sample_start_depends_on_seed_round_and_party_alone():
-    x, k = gaussian(300_000, "start"), 3000
+    x, k = gaussian(100_000, "start"), 1000
 
     def positions(seed: int, round: int, party: int) -> tuple[int, ...]:
-        return tuple(Sampled(0.01).select(x, (len(x),), [k], seed, round, party).tolist())
+        return tuple(SAMPLED.select(x, (len(x),), [k], seed, round, party).tolist())
 
     assert positions(1, 2, 3) == positions(1, 2, 3)
     for vary in (lambda i: (i, 2, 3), lambda i: (1, i, 3), lambda i: (1, 2, i)):
@@ -150,7 +151,7 @@ def test_a_ratio_of_one_is_exact(layout, seed):
 def test_two_expected_entries_or_fewer_are_searched_exactly(n):
     x = gaussian(n, "small")
     for k in (1, 2):
-        assert select(Sampled(0.01), x, k).tolist() == top_positions(x, k)
+        assert select(SAMPLED, x, k).tolist() == top_positions(x, k)
 
 
 @given(INTEGERS, st.integers(1, 150), st.integers(2, 40), st.integers(0, 39))
@@ -165,7 +166,7 @@ def test_a_sampled_search_never_finds_more_than_k(x, k, stride, start):
         assert found == top_positions(x, k)
 
 
-def test_a_threshold_that_finds_too_few_is_lowered():
+def test_a_threshold_that_finds_too_few_gives_way_to_an_exact_search():
     # every sampled entry is 5 and the others are 1: the sample says 5, which only a ninth reaches
     x = torch.ones(900)
     x[::9] = 5.0
@@ -173,10 +174,9 @@ def test_a_threshold_that_finds_too_few_is_lowered():
     assert sampled(x, 450, 9, 0).tolist() == top_positions(x, 450)
 
 
-def test_ten_corrections_may_not_be_enough():
-    x = torch.full((900,), 1e-6)
-    x[::9] = 10.0
-    assert sampled(x, 450, 9, 0).tolist() == list(range(0, 900, 9))
+def test_segments_below_the_limit_are_searched_exactly():
+    x, k = gaussian(5000, "below"), 50
+    assert select(Sampled(0.01, exact_below=5001), x, k).tolist() == top_positions(x, k)
 
 
 @given(

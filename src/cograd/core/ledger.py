@@ -75,7 +75,7 @@ class Ledger:
         schema: int = 0,
         copies: int = 1,
     ) -> None:
-        """Record one message. ``frame`` is payload and wrapping together and defaults to the payload's size."""
+        """Record one message. ``frame`` is all that travels, and defaults to payload and schema."""
         frame = payload + schema if frame is None else frame
         entry = Entry(sender, to, round, payload, frame, schema, copies)
         if not all(hasattr(n, "__index__") for n in entry):

@@ -167,4 +167,4 @@ def _checksum(head: Payload, payload: Payload) -> bytes:
 
 def session_id(*parts: str | int) -> bytes:
     """The 16-byte id of a session, from what its parties agree on (schema digest, run name, ...)."""
-    return hashlib.blake2b("\0".join(map(str, parts)).encode(), digest_size=16).digest()
+    return hashlib.blake2b(json.dumps(parts).encode(), digest_size=16).digest()

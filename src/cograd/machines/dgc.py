@@ -117,7 +117,8 @@ class DGC:
         warmup: density by step before the final one.
         clip_norm: the threshold that a dense run would clip the *summed* gradient's L2 norm with; each worker
             clips its share by ``clip_norm / sqrt(N)``. Dense steps clip the sum by ``clip_norm``.
-        sample_ratio: share of a tensor sampled to estimate its threshold; 1 searches exactly.
+        sample_ratio: share of a tensor sampled to estimate its threshold. Tensors below 2^22 entries are
+            searched exactly, which takes no longer there (see `Sampled`); 1 searches all of them so.
         min_numel: tensors with fewer elements travel dense, as those of one dimension do.
         values: how sent values are written; with ``Float16()`` the rounding error stays in v.
         indices: how positions are written: ``RunLength16()`` as in the paper, or ``Int32()``.
