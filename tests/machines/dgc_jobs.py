@@ -15,6 +15,7 @@ from torch.nn.parallel import DistributedDataParallel
 from cograd.core.codecs import Float16
 from cograd.engines.ddp import Attachment
 from cograd.engines.simulate import Simulation
+from cograd.engines.transport import TorchDist
 from cograd.engines.worker import Context
 from cograd.machines import DGC, DensityWarmup
 from cograd.machines.baselines import GradientDropping
@@ -129,6 +130,20 @@ def many_buckets(ctx: Context) -> dict[str, Any]:
         simulated(wide(), [DGC(0.01, clip_norm=0.3) for _ in range(ctx.size)], 6) if not ctx.rank else ""
     )
     return {"bits": bits(ddp), "simulated": reference, "buckets": max(seen) + 1}
+
+
+def gathered(ctx: Context, sizes: list[list[int]]) -> list[list[bool]]:
+    """Messages of every rank's size in each round, as everyone received them."""
+    transport = TorchDist()
+
+    def message(round: int, rank: int) -> bytes:
+        return bytes((7 * rank + round + i) % 251 for i in range(sizes[round][rank]))
+
+    correct = []
+    for round in range(len(sizes)):
+        received = transport.all_gather_bytes(message(round, ctx.rank))
+        correct.append([bytes(m) == message(round, rank) for rank, m in enumerate(received)])
+    return correct
 
 
 def dense_stage(ctx: Context) -> dict[str, Any]:

@@ -40,6 +40,19 @@ def test_replicas_are_the_same_bits_and_those_of_a_simulation(pool: Pool, varian
     assert all(rank["sent"] == ranks[0]["sent"] for rank in ranks)
 
 
+def test_messages_of_any_size_arrive_whole(pool: Pool) -> None:
+    sizes = [
+        [0, 0, 0, 0],
+        [5, 0, 9, 1],
+        [200, 3, 0, 4000],
+        [4100, 4200, 17, 0],
+        [10_000, 1, 1, 1],
+        [3, 2, 1, 0],
+    ]
+    for received in pool("gathered", sizes=sizes):
+        assert received == [[True] * 4] * len(sizes)
+
+
 def test_clipping_waits_for_the_last_of_several_buckets(pool: Pool) -> None:
     ranks = pool("many_buckets")
     assert ranks[0]["buckets"] >= 3
