@@ -148,9 +148,9 @@ MUTANTS = (
     ),
     Mutant(
         "stamp",
-        '        todo.append(name.rpartition(".")[0])\n',
-        "",
-        "what the packages on the way import does not count",
+        "name if _source(name) else base",
+        "base",
+        "a module imported from its package does not count",
     ),
 )
 

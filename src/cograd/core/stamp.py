@@ -40,7 +40,11 @@ def stale(recorded: Mapping[str, Any], current: Mapping[str, Any]) -> list[str]:
 
 
 def closure(module: str) -> dict[str, Path]:
-    """The modules of cograd that ``module`` imports, directly or not, itself included: file by short name."""
+    """The modules of cograd that ``module`` imports, directly or not, itself included: file by short name.
+
+    A package counts where something is imported from it, not where it merely lies on the way to a module:
+    otherwise every new method would make its room's results stale.
+    """
     if _source(module) is None:
         raise ValueError(f"module must be one that can be imported; got {module!r}")
     package = module.partition(".")[0]
@@ -52,7 +56,6 @@ def closure(module: str) -> dict[str, Path]:
             continue
         found[name] = path
         todo += [n for n in _imports(path, name) if n.partition(".")[0] == package]
-        todo.append(name.rpartition(".")[0])
     return {"/".join(n.split(".")[1:] or [package]): p for n, p in found.items()}
 
 
@@ -67,7 +70,7 @@ def _source(name: str) -> Path | None:
 
 
 def _imports(path: Path, name: str) -> Iterator[str]:
-    """Names imported anywhere in a file, functions included; `from a import b` yields both a and a.b."""
+    """Modules imported anywhere in a file, functions included; `from a import b` is a.b if that is one, else a."""
     here = name if path.name == "__init__.py" else name.rpartition(".")[0]
     for node in ast.walk(ast.parse(path.read_bytes())):
         if isinstance(node, ast.Import):
@@ -77,8 +80,8 @@ def _imports(path: Path, name: str) -> Iterator[str]:
             if node.level:
                 parts = here.split(".")
                 base = ".".join([*parts[: len(parts) - node.level + 1], *filter(None, [node.module])])
-            yield base
-            yield from (f"{base}.{alias.name}" for alias in node.names)
+            names = [f"{base}.{alias.name}" for alias in node.names]
+            yield from (name if _source(name) else base for name in names)
 
 
 def _hash(path: Path) -> str:

@@ -25,10 +25,10 @@ from cograd.core.space import ParamSpace
 from cograd.core.streams import seed_for
 from cograd.data.partition import batches
 from cograd.engines.worker import Context
-from cograd.machines import DGC, DensityWarmup
-from cograd.machines.baselines import GradientDropping
-from cograd.machines.dgc import PAPER_WARMUP
-from cograd.models import MLP, shapes
+from cograd.machines.baselines.gradient_dropping import GradientDropping
+from cograd.machines.dgc import DGC, PAPER_WARMUP, DensityWarmup
+from cograd.models import shapes
+from cograd.models.mlp import MLP
 from cograd.papers._paper import Findings, Paper
 
 if TYPE_CHECKING:
