@@ -70,7 +70,7 @@ def _source(name: str) -> Path | None:
 
 
 def _imports(path: Path, name: str) -> Iterator[str]:
-    """Modules imported anywhere in a file, functions included; `from a import b` is a.b if that is one, else a."""
+    """Modules imported anywhere in a file, functions included; `from a import b` is a.b if that is a module."""
     here = name if path.name == "__init__.py" else name.rpartition(".")[0]
     for node in ast.walk(ast.parse(path.read_bytes())):
         if isinstance(node, ast.Import):
