@@ -60,7 +60,6 @@ def alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
         dist.destroy_process_group()
 
 
-@pytest.mark.filterwarnings("ignore:Converting a tensor with requires_grad=True to a scalar")  # Simulation.step
 @pytest.mark.parametrize(("page", "code", "expected"), list(_snippets()))
 @pytest.mark.usefixtures("alone")
 def test_a_snippet_runs_and_prints_what_the_page_says(

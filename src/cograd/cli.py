@@ -24,7 +24,7 @@ app = typer.Typer(
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
-    help="Gradients and weights that are shared: 42 published methods, their claims, costs and leaks.",
+    help="Published methods of gradient and weight sharing: their claims, made runnable, and their costs.",
 )
 out = Console(highlight=False)
 err = Console(stderr=True, highlight=False)

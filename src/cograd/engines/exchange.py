@@ -28,7 +28,11 @@ from cograd.core.space import ParamSpace
 
 
 class GradientError(ValueError):
-    """A gradient that no method may use: not finite, sparse, or missing. Nothing was changed by it."""
+    """A gradient that no method may use: not finite, sparse, or missing.
+
+    It changes nothing where it is, and no weights anywhere. Other parties may have taken their own gradients of
+    that step into their residuals, and will send them later.
+    """
 
 
 class Exchange(Protocol):
