@@ -63,7 +63,7 @@ class TorchDist:
         length = torch.tensor([len(data)], dtype=torch.int64)
         message = torch.cat([length.view(torch.uint8), tensor_of(data, torch.uint8)])
         rows = self._gather(message, _HEAD + self._capacity)
-        lengths = rows[:, :_HEAD].clone().view(torch.int64)[:, 0].tolist()
+        lengths = [int.from_bytes(row[:_HEAD].numpy().tobytes(), "little") for row in rows]
         longest = max(lengths)
         if longest > self._capacity:
             rest = self._gather(message[_HEAD + self._capacity :], longest - self._capacity)
