@@ -13,6 +13,7 @@ from typing import Annotated, Any, NoReturn
 import typer
 from rich.console import Console
 from rich.markup import escape
+from rich.measure import Measurement
 from rich.table import Table
 
 from cograd import __version__
@@ -198,12 +199,21 @@ def _print_result(result: dict[str, Any]) -> None:
     units = {row["metric"]: row["unit"] for row in result["table"]}
     cells = {(row["system"], row["metric"]): row for row in result["table"]}
     seeds = len(result["seeds"])
-    table = Table(title=f"{result['paper']}, {result['scale']}, {seeds} seed{'s' * (seeds > 1)}", box=None)
-    table.add_column("", no_wrap=True)
-    for metric in metrics:
-        table.add_column(f"{metric}, {units[metric]}" if units[metric] else metric, justify="right")
-    for system in dict.fromkeys(row["system"] for row in result["table"]):
-        table.add_row(system, *(_figure(cells.get((system, metric))) for metric in metrics))
+    systems = dict.fromkeys(row["system"] for row in result["table"])
+
+    def build(sd: bool) -> Table:
+        title = f"{result['paper']}, {result['scale']}, {seeds} seed{'s' * (seeds > 1)}"
+        table = Table(title=title, box=None)
+        table.add_column("", no_wrap=True)
+        for metric in metrics:
+            table.add_column(f"{metric}, {units[metric]}" if units[metric] else metric, justify="right")
+        for system in systems:
+            table.add_row(system, *(_figure(cells.get((system, metric)), sd=sd) for metric in metrics))
+        return table
+
+    table = build(sd=True)
+    if Measurement.get(out, out.options.update(max_width=1000), table).minimum > out.width:
+        table = build(sd=False)  # the deviations do not fit; they are in the JSON
     out.print(table)
     claims = Table("verdict", "claim", "measured", "asserted", "paper", box=None, title="claims")
     for claim in result["claims"]:
@@ -222,10 +232,11 @@ def _print_result(result: dict[str, Any]) -> None:
     out.print(claims)
 
 
-def _figure(row: dict[str, Any] | None, key: str = "mean") -> str:
+def _figure(row: dict[str, Any] | None, key: str = "mean", sd: bool = True) -> str:
     if row is None or row[key] is None:
         return "-"
-    return f"{row[key]:.4g}" + (f" ± {row['sd']:.2g}" if row["sd"] is not None else "")
+    deviation = f"±{row['sd']:.2g}" if sd and row["sd"] else ""
+    return f"{row[key]:.4g}{deviation}"
 
 
 def _find(slug: str) -> Any:
