@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import sys
-import time
+from collections.abc import Iterator
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
@@ -13,13 +13,13 @@ from typing import Annotated, Any, NoReturn
 import typer
 from rich.console import Console
 from rich.markup import escape
-from rich.measure import Measurement
-from rich.table import Table
+from rich.table import Column, Table
 
 from cograd import __version__
 
 EXIT_FAILED, EXIT_USAGE, EXIT_DOES_NOT_HOLD = 1, 2, 3
 MIN_RECORDED_SEEDS = 3
+PADDING = 4  # what a column of a table without lines takes beyond its text
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -172,10 +172,9 @@ def _run(paper: Any, scale: str, seeds: int, folder: Path, json_file: Path | Non
     from cograd.papers._lab import Lab
     from cograd.papers._paper import assemble
 
-    began = time.monotonic()
     with Lab(scale, range(seeds), folder, paper.stamp(), err) as lab:
         findings = paper.run(lab)
-    result = assemble(paper, lab, findings, time.monotonic() - began)
+    result = assemble(paper, lab, findings)
     content = result.to_json()
     file = folder / "result.json"
     file.parent.mkdir(parents=True, exist_ok=True)
@@ -189,32 +188,17 @@ def _run(paper: Any, scale: str, seeds: int, folder: Path, json_file: Path | Non
         if json_file is not None:
             json_file.write_text(text)
         _print_result(content)
-    err.print(f"result {file}, picture {picture}, {result.seconds:.0f} s", soft_wrap=True)
+    err.print(f"result {file}, picture {picture}, {result.seconds:.0f} s of computing", soft_wrap=True)
     return file, result.holds
 
 
 def _print_result(result: dict[str, Any]) -> None:
     """Table and claims of a result's JSON."""
-    metrics = list(dict.fromkeys(row["metric"] for row in result["table"]))
-    units = {row["metric"]: row["unit"] for row in result["table"]}
-    cells = {(row["system"], row["metric"]): row for row in result["table"]}
     seeds = len(result["seeds"])
-    systems = dict.fromkeys(row["system"] for row in result["table"])
-
-    def build(sd: bool) -> Table:
-        title = f"{result['paper']}, {result['scale']}, {seeds} seed{'s' * (seeds > 1)}"
-        table = Table(title=title, box=None)
-        table.add_column("", no_wrap=True)
-        for metric in metrics:
-            table.add_column(f"{metric}, {units[metric]}" if units[metric] else metric, justify="right")
-        for system in systems:
-            table.add_row(system, *(_figure(cells.get((system, metric)), sd=sd) for metric in metrics))
-        return table
-
-    table = build(sd=True)
-    if Measurement.get(out, out.options.update(max_width=1000), table).minimum > out.width:
-        table = build(sd=False)  # the deviations do not fit; they are in the JSON
-    out.print(table)
+    title = f"{result['paper']}, {result['scale']}, {seeds} seed{'s' * (seeds > 1)}"
+    for table in _system_tables(result["table"]):
+        table.title, title = title, ""
+        out.print(table)
     claims = Table("verdict", "claim", "measured", "asserted", "paper", box=None, title="claims")
     for claim in result["claims"]:
         verdict = {True: "[green]holds[/]", False: "[red]does not hold[/]", None: "reported"}[claim["holds"]]
@@ -232,10 +216,34 @@ def _print_result(result: dict[str, Any]) -> None:
     out.print(claims)
 
 
-def _figure(row: dict[str, Any] | None, key: str = "mean", sd: bool = True) -> str:
+def _system_tables(rows: list[dict[str, Any]]) -> Iterator[Table]:
+    """A row a system and a column a metric; as many tables as it takes to fit the terminal's width."""
+    systems = list(dict.fromkeys(row["system"] for row in rows))
+    cells = {(row["system"], row["metric"]): row for row in rows}
+    groups: list[list[tuple[str, list[str], int]]] = []
+    room = 0
+    for metric, unit in dict.fromkeys((row["metric"], row["unit"]) for row in rows):
+        head = f"{metric}, {unit}" if unit else metric
+        figures = [_figure(cells.get((system, metric))) for system in systems]
+        width = max(map(len, [*head.split(), *figures]))
+        if width + PADDING > room:
+            groups.append([])
+            room = out.width - max(map(len, systems)) - PADDING
+        groups[-1].append((head, figures, width))
+        room -= width + PADDING
+    for group in groups:
+        table = Table(Column("", no_wrap=True), box=None)
+        for head, _, width in group:
+            table.add_column(head, justify="right", min_width=width)
+        for i, system in enumerate(systems):
+            table.add_row(system, *(figures[i] for _, figures, _ in group))
+        yield table
+
+
+def _figure(row: dict[str, Any] | None, key: str = "mean") -> str:
     if row is None or row[key] is None:
         return "-"
-    deviation = f"±{row['sd']:.2g}" if sd and row["sd"] else ""
+    deviation = f"±{row['sd']:.2g}" if row["sd"] else ""
     return f"{row[key]:.4g}{deviation}"
 
 

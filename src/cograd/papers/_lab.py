@@ -43,6 +43,7 @@ class Lab:
         digest = hashlib.blake2b(json.dumps(self.stamp, sort_keys=True).encode(), digest_size=4)
         self._cells = out / "cells" / digest.hexdigest()
         self._workers: Workers | None = None
+        self._seconds: dict[Path, float] = {}
 
     def __enter__(self) -> Lab:
         return self
@@ -70,11 +71,19 @@ class Lab:
         with _Progress(self.console, len(cells), len(cells) - len(todo)) as progress:
             for cell in todo:
                 label = f"{cell['system']}, seed {cell['seed']}"
+                began = time.monotonic()
                 record = compute(cell, partial(progress.note, label))
+                record = {**record, "seconds": time.monotonic() - began}
                 self._save(self._path(cell), record)
                 done[self._path(cell)] = record
                 progress.advance(label)
+        self._seconds |= {path: record["seconds"] for path, record in done.items()}
         return [done[self._path(cell)] for cell in cells]
+
+    @property
+    def seconds(self) -> float:
+        """Time that the cells of this run took, whenever they were computed."""
+        return sum(self._seconds.values())
 
     def _path(self, cell: Cell) -> Path:
         text = json.dumps(cell, sort_keys=True)

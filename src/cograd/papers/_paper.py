@@ -85,7 +85,7 @@ class Paper:
         }
 
 
-def assemble(paper: Paper, lab: Lab, findings: Findings, seconds: float) -> Result:
+def assemble(paper: Paper, lab: Lab, findings: Findings) -> Result:
     """The result of a run."""
     return Result(
         paper=paper.slug,
@@ -95,5 +95,5 @@ def assemble(paper: Paper, lab: Lab, findings: Findings, seconds: float) -> Resu
         table=findings.table,
         curves=findings.curves,
         stamp=lab.stamp,
-        seconds=seconds,
+        seconds=lab.seconds,
     )

@@ -438,7 +438,7 @@ def _table(runs: Runs, systems: Sequence[str], lengths: Sequence[int], tuned: Ma
             lr = tuned[system]
             rows += [
                 Row(system, "best lr", "", [lr]),
-                Row(system, "accuracy at it", "%", runs.last("accuracy", system, n, lr)),
+                Row(system, "accuracy at best lr", "%", runs.last("accuracy", system, n, lr)),
             ]
     return rows
 
@@ -485,14 +485,14 @@ def draw(result: dict[str, Any], path: Path) -> None:
         if cost.get_ylim()[1] > 92:
             cost.set_ylim(bottom=80)  # where the systems differ
         step.set(yscale="log", xlabel="epoch", ylabel="upload a step, KiB")
-        loss.legend(frameon=False)
+        names = {"ncols": len(systems), "loc": "outside lower center", "frameon": False}
+        loss.figure.legend(*loss.get_legend_handles_labels(), **names)
 
 
 USAGE = """\
 import torch, torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel as DDP
 from cograd.machines import DGC, DensityWarmup
-from cograd.machines.dgc import PAPER_WARMUP
 
 dist.init_process_group("gloo")
 model = DDP(torch.nn.Linear(784, 10))
