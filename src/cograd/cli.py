@@ -19,7 +19,7 @@ from cograd import __version__
 
 EXIT_FAILED, EXIT_USAGE, EXIT_DOES_NOT_HOLD = 1, 2, 3
 MIN_RECORDED_SEEDS = 3
-PADDING = 4  # what a column of a table without lines takes beyond its text
+PADDING = 2  # what a column of a table without lines takes beyond its text
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -234,7 +234,7 @@ def _system_tables(rows: list[dict[str, Any]]) -> Iterator[Table]:
     for group in groups:
         table = Table(Column("", no_wrap=True), box=None)
         for head, _, width in group:
-            table.add_column(head, justify="right", min_width=width)
+            table.add_column(head, justify="right", width=width)
         for i, system in enumerate(systems):
             table.add_row(system, *(figures[i] for _, figures, _ in group))
         yield table
