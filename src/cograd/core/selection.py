@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -124,31 +124,30 @@ def largest(magnitudes: Tensor, k: int) -> Tensor:
     """Ascending positions of the k largest entries; ties go to the lower position."""
     if k >= len(magnitudes):
         return torch.arange(len(magnitudes), device=magnitudes.device)
-    kth = kth_largest(magnitudes, k)
-    found = positions(magnitudes >= kth)
+    values, kth = _array(magnitudes), _array(kth_largest(magnitudes, k))
+    found = _where(values >= kth)
     surplus = len(found) - k
     if surplus:
-        tied = positions(magnitudes[found] == kth)
+        tied = _where(values[found] == kth)
         keep = torch.ones(len(found), dtype=torch.bool, device=magnitudes.device)
         keep[tied[len(tied) - surplus :]] = False
-        found = found[keep]
-    return found
+        found = found[_array(keep)]
+    return torch.as_tensor(found)
 
 
 def kth_largest(values: Tensor, k: int) -> Tensor:
     """The k-th largest value (0-d). NumPy partitions with vector instructions, several times as fast as
     `torch.topk` on a CPU."""
-    if values.device.type != "cpu" or values.dtype == torch.bfloat16:
+    array = _array(values)
+    if isinstance(array, Tensor):
         return values.topk(k, sorted=False).values.min()
-    at = len(values) - k
-    return torch.from_numpy(np.partition(values.numpy(), at)[at : at + 1])[0]
+    at = len(array) - k
+    return torch.from_numpy(np.partition(array, at)[at : at + 1])[0]
 
 
 def positions(mask: Tensor) -> Tensor:
     """Ascending positions (int64) where a one-dimensional mask is true."""
-    if mask.device.type != "cpu":
-        return mask.nonzero().squeeze(1)
-    return torch.from_numpy(np.flatnonzero(mask.numpy()))
+    return torch.as_tensor(_where(_array(mask)))
 
 
 class Blocks:
@@ -172,13 +171,23 @@ class Blocks:
 
     def reaching(self, threshold: Tensor) -> Tensor:
         """Ascending positions where |x| >= threshold."""
-        columns = positions(self.maxima >= threshold)
+        limit = _array(threshold)
+        columns = _where(_array(self.maxima) >= limit)
         if len(columns) > self.columns // 2:
             return positions(self.x.abs() >= threshold)
-        candidates = self.body.index_select(1, columns).abs_() >= threshold
-        hits = positions(candidates.view(-1))
+        candidates = self.body.index_select(1, torch.as_tensor(columns)).abs_()
+        hits = _where(_array(candidates).reshape(-1) >= limit)
         rows = hits // max(len(columns), 1)
-        found = rows * self.columns + columns[hits - rows * len(columns)]
+        found = torch.as_tensor(rows * self.columns + columns[hits - rows * len(columns)])
         if not len(self.tail):
             return found
         return torch.cat([found, positions(self.tail.abs() >= threshold) + BLOCK * self.columns])
+
+
+def _array(x: Tensor) -> Any:
+    """A CPU tensor as a NumPy array, whose calls on the small arrays here cost a fraction of torch's."""
+    return x if x.device.type != "cpu" or x.dtype == torch.bfloat16 else x.numpy()
+
+
+def _where(mask: Any) -> Any:
+    return mask.nonzero().squeeze(1) if isinstance(mask, Tensor) else np.flatnonzero(mask)
