@@ -353,6 +353,13 @@ def test_a_gradient_that_is_not_finite_is_refused_and_changes_nothing() -> None:
         assert all(torch.equal(exchange.state[k], v) for k, v in state.items())  # type: ignore[attr-defined]
 
 
+def test_sparse_gradients_are_refused_by_name() -> None:
+    model = nn.Embedding(10, 4, sparse=True)
+    sim = Simulation(model, torch.optim.SGD(model.parameters(), lr=0.1), [DGC(0.1)])
+    with pytest.raises(GradientError, match="worker 0: the gradient of 'weight' is sparse"):
+        sim.step(lambda batch: model(batch).sum(), [torch.tensor([1, 2])])
+
+
 def test_a_failed_exchange_forgets_nothing() -> None:
     """Encoding alone clears neither v nor u: the payload can be made again."""
     dgc = alone(DGC(0.05, values=Float64()))

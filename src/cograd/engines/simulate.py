@@ -50,7 +50,7 @@ class Simulation:
     def step(self, loss: Callable[[Any], Tensor], batches: Sequence[Any]) -> list[float]:
         """One step: ``loss(batch)`` of every worker's batch, exchange, optimizer. Returns the losses.
 
-        Raises GradientError, with weights and state as they were, if a gradient is not finite.
+        Raises GradientError, with weights and state as they were, if a gradient is sparse or not finite.
         """
         if len(batches) != len(self.exchanges):
             raise ValueError(f"batches must hold one batch a worker, {len(self.exchanges)}; got {len(batches)}")
@@ -61,6 +61,11 @@ class Simulation:
             losses.append(float(value.detach()))
             gradients.append(dict(zip(self.parameters, grads, strict=True)))
         for party, grads_of in enumerate(gradients):
+            sparse = next((name for name, g in grads_of.items() if g.layout != torch.strided), None)
+            if sparse is not None:
+                raise GradientError(
+                    f"worker {party}: the gradient of {sparse!r} is sparse, which is not supported"
+                )
             bad = not_finite(grads_of)
             if bad is not None:
                 raise GradientError(f"worker {party}: the gradient of {bad!r} holds NaN or infinity")
