@@ -267,8 +267,8 @@ class _Batched:
         self.optimizer = optimizer([p for p in self.parameters.values() if p.requires_grad])
         if type(self.optimizer) not in ELEMENTWISE:
             raise ValueError(
-                "optimizer must treat every element alone for engine='batched', as "
-                f"{', '.join(o.__name__ for o in ELEMENTWISE)} do; got {type(self.optimizer).__name__}: use engine='loop'"
+                f"optimizer must be one of {', '.join(o.__name__ for o in ELEMENTWISE)} for engine='batched', "
+                f"which treat every element alone; got {type(self.optimizer).__name__}: use engine='loop'"
             )
         self.template = copy.deepcopy(models[0]).train()
         names = list(shared(models[0]))
