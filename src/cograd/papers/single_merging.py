@@ -89,7 +89,10 @@ def train(cell: Cell, report: Report) -> Record:
                 term = descent_term(trainer.models, train_x, train_y, nn.functional.cross_entropy, cell["lr"])
                 history["term"].append(term.alignment)
             report(f"round {trainer.round}/{rounds}, nodes {history['local'][-1]:.1f} %")
-    return {**history, **(_endings(trainer, test_x, test_y) if cell["system"] in (SINGLE, PAIRWISE, ALONE) else {})}
+    return {
+        **history,
+        **(_endings(trainer, test_x, test_y) if cell["system"] in (SINGLE, PAIRWISE, ALONE) else {}),
+    }
 
 
 def _endings(trainer: DecentralizedTrainer, test_x: Tensor, test_y: Tensor) -> Record:
@@ -183,4 +186,8 @@ def train_convnet(cell: Cell, report: Report) -> Record:
     recalibrated(estimated, train_x[order].split(128))
     found = {"averaged": averaged, "node 0": own, "re-estimated": estimated}
     accuracy = {name: _accuracy(_outputs(model, test_x), test_set.y) for name, model in found.items()}
-    return {**accuracy, "local": _accuracy(trainer.outputs(test_x), test_set.y), "tensors": len(shared(models[0]))}
+    return {
+        **accuracy,
+        "local": _accuracy(trainer.outputs(test_x), test_set.y),
+        "tensors": len(shared(models[0])),
+    }

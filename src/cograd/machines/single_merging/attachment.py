@@ -210,8 +210,8 @@ class SingleMerging:
         merging.write(state, {name: t.div_(self.members) for name, t in sums.items()})
 
     def _sum(self, tensors: dict[str, Tensor]) -> None:
-        """Sum over the ranks, in place, one vector for each dtype."""
-        for dtype in {t.dtype for t in tensors.values()}:
+        """Sum over the ranks, in place, one vector for each dtype, in the same order on all ranks."""
+        for dtype in dict.fromkeys(t.dtype for t in tensors.values()):
             chosen = [t for t in tensors.values() if t.dtype == dtype]
             vector = self._all_reduced(torch.cat([t.reshape(-1) for t in chosen]))
             for t, part in zip(chosen, vector.split([t.numel() for t in chosen]), strict=True):
