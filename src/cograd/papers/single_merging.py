@@ -41,8 +41,9 @@ LR, DECAY, PEERS = 1e-3, 5e-4, 0.2
 GRID = (3e-4, 1e-3, 3e-3)
 PILOT_SEEDS = (100, 101)
 EVERY = 5
-"""Rounds between evaluations; every fourth measures the descent lemma's term, on ``TERM_ROWS`` training images."""
+"""Rounds between evaluations."""
 TERM_ROWS = 500
+"""Training images on which every fourth evaluation measures the descent lemma's term."""
 
 Init = Literal["shared", "per-node"]
 INITS: tuple[Init, ...] = ("shared", "per-node")
@@ -100,7 +101,7 @@ def train(cell: Cell, report: Report) -> Record:
 
 
 def _alignment(trainer: DecentralizedTrainer, x: Tensor, y: Tensor) -> float:
-    """grad L . grad Tr(H Gamma), the part of U_t that no step size enters (AdamW has none that is the theory's)."""
+    """grad L . grad Tr(H Gamma): U_t without its step size (AdamW has none that is the theory's)."""
     return descent_term(trainer.models, x, y, nn.functional.cross_entropy, lr=0.0, smoothness=0.0).alignment
 
 
