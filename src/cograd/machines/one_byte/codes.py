@@ -26,13 +26,13 @@ from cograd.core.message import Payload
 
 @dataclass(frozen=True)
 class LogByte:
-    """One byte a value: bit 7 is the sign, bits 0 .. 6 are m; m = 0 is zero, else |p| = e^((m - center) / steps).
+    """One byte a value: bit 7 is the sign, the rest is m. Zero is m = 0, else |p| = e^((m - center) / steps).
 
     With the defaults magnitudes go from 3.8e-4 to 2.6e3 and the relative error is at most e^(1/16) - 1 = 6.4 %.
     A magnitude takes the level that is nearest in its logarithm. Above the last level it is the last; below the
     first by more than half a step, where the grid's next point would be m = 0, it is zero.
 
-    Raises ValueError for ``steps_per_e`` that is not a positive number or levels that float32 cannot tell apart.
+    Raises ValueError for ``steps_per_e`` that is not positive, or levels that float32 cannot tell apart.
     """
 
     steps_per_e: float = 8.0
@@ -44,10 +44,10 @@ class LogByte:
             raise ValueError(f"steps_per_e must be a positive number; got {self.steps_per_e}")
         last = (self._count - self.center) / self.steps_per_e
         first = (1 - self.center) / self.steps_per_e
-        if not (-87 < first and last < 88 and np.all(np.diff(self._levels[1 : self._count + 1]) > 0)):
+        if not (first > -87 and last < 88 and np.all(np.diff(self._levels[1 : self._count + 1]) > 0)):
             raise ValueError(
-                f"levels must be distinct float32 numbers; steps_per_e={self.steps_per_e}, center={self.center} "
-                f"make {self._count} of them from e^{first:g} to e^{last:g}"
+                f"levels must be distinct float32 numbers; steps_per_e={self.steps_per_e} and "
+                f"center={self.center} make {self._count} of them from e^{first:g} to e^{last:g}"
             )
 
     @property
@@ -65,7 +65,7 @@ class LogByte:
         finite = np.isfinite(values)
         m = np.searchsorted(edges, np.where(finite, np.abs(values), 0.0), side="right")
         negative = np.where(m > 0, values < 0, ~finite | ((values == 0) & np.signbit(values)))
-        codes = (m + (negative << (self.bits - 1))).astype(np.uint8)
+        codes: NDArray[np.uint8] = (m + (negative << (self.bits - 1))).astype(np.uint8)
         payload = bytearray(_packed(codes, self.bits))
         return Encoded(payload, Dense(torch.from_numpy(self._levels[codes])), state or {})
 
@@ -126,7 +126,7 @@ def _values(x: Tensor, layout: Layout) -> NDArray[np.float64]:
 def _packed(codes: NDArray[np.uint8], bits: int) -> bytes:
     if bits == 4:
         pairs = np.pad(codes, (0, len(codes) % 2)).reshape(-1, 2)
-        codes = pairs[:, 0] | pairs[:, 1] << 4
+        return bytes(pairs[:, 0] | pairs[:, 1] << 4)
     return codes.tobytes()
 
 
@@ -134,9 +134,9 @@ def _unpacked(payload: Payload, count: int, bits: int, codec: object) -> NDArray
     expected = (count * bits + 7) // 8
     if len(payload) != expected:
         raise CodecError(f"{codec!r} expects {expected} bytes for {count} values; got {len(payload)}")
-    codes = np.frombuffer(payload, dtype=np.uint8)
+    codes: NDArray[np.uint8] = np.frombuffer(payload, dtype=np.uint8)
     if bits == 4:
-        codes = np.stack([codes & 15, codes >> 4], axis=1).reshape(-1)
+        codes = np.stack([codes & 15, codes >> 4], axis=1).reshape(-1).astype(np.uint8)
         if codes[count:].any():
             raise CodecError(f"{codec!r}: the half byte after the last of {count} values must be zero")
     return codes[:count]
@@ -156,4 +156,5 @@ def _log_levels(steps: float, center: int, count: int) -> NDArray[np.float32]:
 @lru_cache
 def _log_edges(steps: float, center: int, count: int) -> NDArray[np.float64]:
     """The magnitudes at which the code steps up: half way between two levels in the logarithm."""
-    return np.exp((np.arange(1, count + 1) - 0.5 - center) / steps)
+    edges: NDArray[np.float64] = np.exp((np.arange(1, count + 1) - 0.5 - center) / steps)
+    return edges

@@ -1,4 +1,4 @@
-"""Just One Byte (arXiv:2306.10015): machines share one byte a gradient estimate, and draw the direction themselves.
+"""Just One Byte (arXiv:2306.10015): machines share one byte an estimate and draw its direction themselves.
 
 Each machine holds the same weights theta and its own data. In round t machine m takes S minibatches; for sample
 s it draws z(t, m, s) ~ N(0, I) from the shared seed, measures two losses and keeps one number,
@@ -30,6 +30,7 @@ import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from itertools import chain
 from statistics import fmean
 from typing import Any, ClassVar, TypeAlias
@@ -103,9 +104,9 @@ class OneByte:
         transport: the group of machines; a group of one if not given. Machines compare models and settings.
         ledger: counts messages, forward passes and draws.
 
-    ``step`` leaves the model's parameters where they are in memory. Memory beyond the model: 8 bytes a trainable
-    element (a perturbed copy and a direction, so that each own z is drawn once and theta is never written before
-    the update), and the log, one byte an estimate.
+    ``step`` leaves the model's parameters where they are in memory. Memory beyond the model: 8 bytes a
+    trainable element (a perturbed copy and a direction, so that each own z is drawn once and theta is never
+    written before the update), and the log, one byte an estimate.
 
     Raises ValueError for an argument out of range or a model with nothing to train, TypeError for trainable
     parameters in half precision, SchemaError where another machine's model or settings differ.
@@ -178,7 +179,8 @@ class OneByte:
         ``torch.inference_mode``; it must return a float32 or float64 scalar, the same for the same batch. A
         loss that is not finite makes its estimate zero for everyone.
 
-        Raises ValueError for another number of batches than ``samples``, TypeError for a loss in half precision.
+        Raises ValueError for another number of batches than ``samples``, TypeError for a loss in half
+        precision.
         """
         me = self.transport.rank
         own = self.estimate(closure, batches, me)
@@ -188,7 +190,7 @@ class OneByte:
         return self.info(own, members)
 
     def estimate(self, closure: Closure, batches: Sequence[Any], machine: int) -> Own:
-        """Measure machine ``machine``'s S projected gradients and code them; the parameters stay as they are."""
+        """Measure the S projected gradients of a machine and code them; the parameters stay as they are."""
         projections, losses = self._measure(closure, batches, machine)
         finite = np.isfinite(projections)
         coded = torch.from_numpy(np.where(finite, projections, -0.0))  # minus zero: not a number, see codes
@@ -228,7 +230,7 @@ class OneByte:
             for direction, batch in zip(self._directions(machine), batches, strict=True):
                 found.append(
                     spsa_estimate(
-                        lambda tensors, batch=batch: self._loss(closure, batch, tensors),
+                        partial(self._loss, closure, batch),
                         self._theta_before,
                         direction,
                         eps,
@@ -381,9 +383,9 @@ class OneByte:
     def replay(self, log: Log, until: int | None = None) -> None:
         """Apply the rounds of a log that this machine has not applied yet, up to ``until`` (all if None).
 
-        The model must be where it was after `round` rounds of the log: at round 0, its start. Raises SchemaError
-        for a log of other settings, another model or another start, ValueError for one that does not continue
-        this machine's own, or an ``until`` that it does not reach.
+        The model must be where it was after `round` rounds of the log: at round 0, its start. Raises
+        SchemaError for a log of other settings, another model or another start, ValueError for one that does
+        not continue this machine's own, or an ``until`` that it does not reach.
         """
         if not self.replayable:
             raise TypeError(f"{type(self).__name__} keeps no log: its messages are as long as the model")
@@ -391,7 +393,7 @@ class OneByte:
         end = len(log) if until is None else until
         if not self.round <= end <= len(log):
             raise ValueError(
-                f"until must be in {self.round} .. {len(log)}, this machine's and the log's last round; got {end}"
+                f"until must be in {self.round} .. {len(log)}, the log's rounds that are new here; got {end}"
             )
         if log.digest(self.round) != self.log.digest():
             raise ValueError(
@@ -508,4 +510,4 @@ def _digest(tensors: Iterable[tuple[str, Tensor]]) -> str:
 def _raw(tensor: Tensor) -> memoryview:
     """A tensor's elements as bytes, in logical order."""
     flat = tensor.detach().cpu().contiguous().view(-1)
-    return memoryview(flat.view(torch.uint8).numpy()) if flat.numel() else memoryview(b"")
+    return memoryview(flat.view(torch.uint8).numpy().data) if flat.numel() else memoryview(b"")
