@@ -1,7 +1,7 @@
-"""The agreement under every order of events that a seed can think of: messages late, members killed or given up.
+"""The agreement under every order of events that a seed can think of: late messages, members killed or given up.
 
-A member here is the protocol alone on a made-up network: FIFO from each member to each other, delivered in random
-order; a kill loses what the member had not sent yet, and the others hear of it after what it had.
+A member here is the protocol alone on a made-up network: FIFO from each member to each other, delivered in
+random order; a kill loses what the member had not sent yet, and the others hear of it after what it had.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ import json
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -20,6 +21,7 @@ from hypothesis import strategies as st
 from cograd.machines.one_byte.agreement import CONTROL, Agreement, Dropped, pack, unpack
 from cograd.machines.one_byte.log import Log, Round
 
+EXAMPLES = settings(derandomize=True, database=None, deadline=None)
 AGREED = json.dumps({"checkpoint": "c", "lr": 1.0}).encode()
 LOST = (-1, b"")
 
@@ -191,7 +193,7 @@ class World:
                 groups.setdefault(m.agreement._ballot, []).append(m.log)
         for logs in groups.values():
             logs.sort(key=len)
-            for shorter, longer in zip(logs, logs[1:], strict=False):
+            for shorter, longer in pairwise(logs):
                 assert shorter.digest() == longer.digest(len(shorter))
 
     def reached(self, round: int) -> bool:
@@ -200,7 +202,7 @@ class World:
 
 
 @given(seed=st.integers(0, 2**32))
-@settings(max_examples=40, deadline=None)
+@settings(EXAMPLES, max_examples=40)
 def test_with_no_failure_everyone_is_in_every_round(seed: int) -> None:
     world = World(4, seed)
     world.run(lambda: world.reached(8), contributes=True)
@@ -208,7 +210,7 @@ def test_with_no_failure_everyone_is_in_every_round(seed: int) -> None:
 
 
 @given(seed=st.integers(0, 2**32), victims=st.permutations(range(5)), count=st.integers(1, 3))
-@settings(max_examples=150, deadline=None)
+@settings(EXAMPLES, max_examples=150)
 def test_survivors_of_crashes_agree_and_go_on(seed: int, victims: list[int], count: int) -> None:
     """The leader is a victim like any other, and may die between two of its messages."""
     world = World(5, seed)
@@ -225,7 +227,7 @@ def test_survivors_of_crashes_agree_and_go_on(seed: int, victims: list[int], cou
 
 
 @given(seed=st.integers(0, 2**32), kills=st.sampled_from([(), (0,), (1,), (0, 1)]))
-@settings(max_examples=100, deadline=None)
+@settings(EXAMPLES, max_examples=100)
 def test_a_newcomer_gets_in_whatever_happens_to_the_leader(seed: int, kills: tuple[int, ...]) -> None:
     world = World(4, seed)
     world.run(lambda: world.reached(3), contributes=True)
@@ -240,7 +242,7 @@ def test_a_newcomer_gets_in_whatever_happens_to_the_leader(seed: int, kills: tup
 
 
 @given(seed=st.integers(0, 2**32))
-@settings(max_examples=150, deadline=None)
+@settings(EXAMPLES, max_examples=150)
 def test_impatience_splits_nobody(seed: int) -> None:
     """Patience ends at any moment, so that live members are given up: they are told, and the others agree."""
     world = World(4, seed)

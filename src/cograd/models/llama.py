@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
@@ -35,11 +37,7 @@ class LlamaConfig:
 
 
 class Llama(nn.Module):
-    """Token ids (B, T) -> logits (B, T, vocabulary). Positions count from the left, so pad on the right.
-
-    ``forward`` is ``head(tail(prefix(ids, n), n))`` for any n: the blocks before n, the blocks from n on, and
-    the output. Where only late blocks change, what the prefix gives may be kept.
-    """
+    """Token ids (B, T) -> logits (B, T, vocabulary). Positions count from the left, so pad on the right."""
 
     def __init__(self, config: LlamaConfig) -> None:
         super().__init__()
@@ -49,27 +47,36 @@ class Llama(nn.Module):
         self.norm = nn.RMSNorm(config.width, config.norm_eps)
 
     def forward(self, ids: Tensor) -> Tensor:
-        return self.head(self.tail(self.prefix(ids, 0), 0))
+        return F.linear(self.norm(self.prefix(ids, len(self.blocks))), self.embedding.weight)
 
     def prefix(self, ids: Tensor, blocks: int) -> Tensor:
-        """The hidden states (B, T, width) that enter block ``blocks``."""
-        hidden: Tensor = self.embedding(ids)
-        return self._through(hidden, range(blocks))
+        """The hidden states (B, T, width) that enter block ``blocks``; to be kept if only later ones change."""
+        return through(self.blocks[:blocks], self.embedding(ids), self.config)
 
-    def tail(self, hidden: Tensor, blocks: int) -> Tensor:
-        """From there through the remaining blocks and the last norm."""
-        return self.norm(self._through(hidden, range(blocks, len(self.blocks))))  # type: ignore[no-any-return]
 
-    def head(self, hidden: Tensor, tokens: Tensor | None = None) -> Tensor:
-        """Logits of all tokens, or of some: (..., width) -> (..., vocabulary or len(tokens))."""
-        weight = self.embedding.weight if tokens is None else self.embedding.weight[tokens]
-        return F.linear(hidden, weight)
+class LlamaEnd(nn.Module):
+    """A copy of a model from block ``first`` on, for training the end alone: `Llama.prefix` up to there (B, T,
+    width) -> logits (B, len(tokens)) of some tokens after the last position. The output words do not train with
+    it."""
 
-    def _through(self, hidden: Tensor, which: range) -> Tensor:
-        angles = rotations(hidden.shape[1], self.config, hidden)
-        for i in which:
-            hidden = self.blocks[i](hidden, angles)
-        return hidden
+    def __init__(self, model: Llama, first: int, tokens: Tensor) -> None:
+        super().__init__()
+        self.config = model.config
+        self.blocks = copy.deepcopy(model.blocks[first:])
+        self.norm = copy.deepcopy(model.norm)
+        self.register_buffer("words", model.embedding.weight.detach()[tokens].clone())
+        self.words: Tensor
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        return F.linear(self.norm(through(self.blocks, hidden, self.config)[:, -1]), self.words)
+
+
+def through(blocks: Iterable[nn.Module], hidden: Tensor, config: LlamaConfig) -> Tensor:
+    """Hidden states (B, T, width) after some blocks."""
+    angles = rotations(hidden.shape[1], config, hidden)
+    for block in blocks:
+        hidden = block(hidden, angles)
+    return hidden
 
 
 class Block(nn.Module):
@@ -143,15 +150,17 @@ class LoRA(nn.Module):
         return torch.add(self.base(x), update, alpha=self.scale)
 
 
-def add_lora(model: Llama, rank: int, alpha: float, seed: int, first: int = 0) -> None:
-    """Freeze the model and give the query and value projections of blocks ``first`` .. last an update each."""
-    model.requires_grad_(False)
+def add_lora(blocks: Iterable[nn.Module], rank: int, alpha: float, seed: int) -> None:
+    """Freeze blocks and give the query and value projections of each an update of low rank."""
     draw = torch.Generator().manual_seed(seed)
-    for i in range(first, len(model.blocks)):
+    for block in blocks:
+        block.requires_grad_(False)
+        attention = block.get_submodule("attention")
         for name in ("q", "v"):
-            layer = model.get_submodule(f"blocks.{i}.attention.{name}")
-            assert isinstance(layer, nn.Linear), "it has an update already"
-            model.set_submodule(f"blocks.{i}.attention.{name}", LoRA(layer, rank, alpha, draw))
+            layer = attention.get_submodule(name)
+            if not isinstance(layer, nn.Linear):
+                raise ValueError(f"blocks must be without updates; {name!r} is a {type(layer).__name__}")
+            setattr(attention, name, LoRA(layer, rank, alpha, draw))
 
 
 def rotations(length: int, config: LlamaConfig, like: Tensor) -> tuple[Tensor, Tensor]:

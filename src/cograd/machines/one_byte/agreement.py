@@ -191,7 +191,7 @@ class Agreement:
         return True
 
     def _on_outside(self, sender: int, content: Mapping[str, Any]) -> None:
-        """A member goes on without this one. Of two that each go on without the other the higher stamp stays."""
+        """A member goes on without this one. Of two that go on without each other the higher stamp stays."""
         asked = self.electing and content["ballot"] == list(self._ballot)
         if asked or tuple(content["stamp"]) > self._stamp:
             raise Dropped(f"the group has gone on without machine {self.me}: join again")
@@ -428,9 +428,6 @@ class Agreement:
         for entry in self._log().rounds_of(blob):
             self._deliver(entry)
         self._take_roster(content)
-        mine = self._codes.get(self.round, {}).get(self.me)
-        if mine is not None:
-            self.outbox.append(Send(sender, self.round, mine))
         for newcomer, request in self._waiting.items():
             self._join(newcomer, request)
         self._waiting = {}

@@ -223,6 +223,8 @@ class Group:
                 content, blob = self._answer(asked, end)
             except PeerLost:
                 continue
+            except TimeoutError:
+                break
             if content["kind"] == "welcome":
                 return content, blob
             if content["kind"] == "refused":

@@ -348,7 +348,7 @@ class OneByte:
         """Compare settings and models with the other machines; the session's id follows from them."""
         mine = self.agreement()
         for rank, theirs in enumerate(self.transport.all_gather_bytes(mine)):
-            refuse_other(json.loads(bytes(theirs)), json.loads(mine), f"rank {rank}")
+            refuse_other(json.loads(bytes(theirs)), self.log.header, f"rank {rank}")
             self.ledger.send(rank, 0, 0, schema=len(mine), copies=self.transport.members - 1)
         return session_id(mine.decode(), self.transport.members)
 
@@ -484,8 +484,8 @@ class LocalPeers:
 
 def refuse_other(theirs: Mapping[str, Any], ours: Mapping[str, Any], who: str) -> None:
     """Raise SchemaError, naming what differs, unless two headers agree in all but versions."""
-    for key in sorted({*theirs, *ours} - {"versions"}):
-        if theirs.get(key) != ours.get(key):
+    for key in [*ours, *sorted(theirs.keys() - ours.keys())]:
+        if key != "versions" and theirs.get(key) != ours.get(key):
             raise SchemaError(
                 f"{who} has another {_WORDS.get(key, key)}: {theirs.get(key)!r} there, {ours.get(key)!r} here"
             )
