@@ -1,4 +1,4 @@
-"""The agreement under every order of events that a seed can think of: late messages, members killed or given up.
+"""The agreement under any order of events: messages late, members killed, members given up.
 
 A member here is the protocol alone on a made-up network: FIFO from each member to each other, delivered in
 random order; a kill loses what the member had not sent yet, and the others hear of it after what it had.
@@ -169,7 +169,7 @@ class World:
         )
 
     def tire(self, live: list[Member], patience: str) -> None:
-        """End the patience of a random member now and then, or of those for whom nothing has changed for long."""
+        """End the patience of a random member now and then, or of those for whom nothing changes for long."""
         if patience == "any" and self.draw.random() < 0.03:
             self.expire(live[int(self.draw.integers(len(live)))])
         for member in live if patience == "long" else ():
