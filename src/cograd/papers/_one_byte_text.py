@@ -22,7 +22,7 @@ from cograd.engines.transport import TorchDist
 from cograd.engines.worker import Context
 from cograd.machines.one_byte.optimizer import OneByte
 from cograd.models import smollm2
-from cograd.models.llama import Llama, LlamaEnd, add_lora
+from cograd.models.llama import Llama, LlamaEnd, add_lora, through
 
 if TYPE_CHECKING:
     from cograd.papers._lab import Record
@@ -124,11 +124,18 @@ def _model() -> tuple[Llama, Any]:
 def _features(first: int) -> tuple[Rows, Rows]:
     """What enters block ``first`` for all training and all validation sentences, with their labels."""
     model, tokenizer = _model()
-    parts = []
-    for part, count in (("train", TRAIN), ("val", VALIDATION)):
-        ids, labels = sentences(tokenizer, part, count)
-        parts.append((torch.cat([model.prefix(some, first) for some in ids.split(16)]), labels))
-    return parts[0], parts[1]
+    earlier = max((mode[0] for mode in MODES.values() if mode[0] < first), default=0)
+    if earlier:
+        blocks = model.blocks[earlier:first]
+        train, val = ((through(blocks, hidden, model.config), labels) for hidden, labels in _features(earlier))
+        return train, val
+    train, val = (sentences(tokenizer, part, count) for part, count in (("train", TRAIN), ("val", VALIDATION)))
+    return (_prefix(model, train, first), _prefix(model, val, first))
+
+
+def _prefix(model: Llama, rows: Rows, first: int) -> Rows:
+    ids, labels = rows
+    return torch.cat([model.prefix(part, first) for part in ids.split(16)]), labels
 
 
 def sentences(tokenizer: Any, part: str, count: int) -> Rows:

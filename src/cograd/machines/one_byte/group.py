@@ -33,11 +33,11 @@ class Group:
     """This machine's membership in a group that trains one model.
 
     Args:
-        zo: this machine's optimizer, made without a transport. mailbox: its end of the session;
-        ``mailbox.member`` is the machine's id, for good, and keys its directions. patience: seconds that the
-        leader waits for bytes after its own are sent, and half of what the others wait
-            for the leader. Choose it above the time between two steps of the slowest machine: a member that is
-            slower misses rounds, and a leader that is slower is given up.
+        zo: this machine's optimizer, made without a transport.
+        mailbox: its end of the session. Its ``member`` is the machine's id, for good; it keys the directions.
+        patience: seconds that the leader waits for bytes after its own are sent, and half of what the others
+            wait for the leader. Choose it above the time between two steps of the slowest machine: a member
+            that is slower misses rounds, and a leader that is slower is given up.
 
     Making one founds a group of one; `join` enters a group. ``members`` are the ids in joining order.
     """

@@ -89,7 +89,7 @@ class OneByte:
     Args:
         model: its parameters that ask for a gradient are trained, though no gradient is ever made. Freeze the
             rest with ``requires_grad_(False)`` (LoRA, last block, low-bit base weights).
-        lr: eta. With ``average="mean"`` the usable one shrinks as n / d.
+        lr: eta. With ``average="mean"`` the largest usable one goes as n / d.
         eps: size of the perturbation.
         samples: S, estimates a machine and round.
         average: "mean" divides lr by n, "sqrt" by its root, so that more machines make larger steps.
