@@ -3,11 +3,11 @@
     pip install mezo==0.0.1
     python -m bench.one_byte [--rounds 20]
 
-Both take one zeroth-order estimate on a model of one matrix and move along its direction. Measured: bytes sent
-for an estimate, how far the two evaluations leave the weights from where they were, milliseconds, and whether the
-direction that is applied is the one that was measured: its correlation with it. ``mezo`` draws a matrix whole to
-perturb it and, if it has more than 100,000 elements, row by row to update it; PyTorch's normal numbers are the
-same either way only where a row's length is a multiple of 16.
+Both take one zeroth-order estimate on a model of one matrix and move along its direction. Measured: bytes
+sent for an estimate, how far the two evaluations leave the weights from where they were, milliseconds, and
+whether the direction that is applied is the one that was measured: its correlation with it. ``mezo`` draws a
+matrix whole to perturb it and, if it has more than 100,000 elements, row by row to update it; PyTorch's normal
+numbers are the same either way only where a row's length is a multiple of 16.
 """
 
 from __future__ import annotations

@@ -28,6 +28,7 @@ from machines.one_byte_jobs import SAMPLES, batches, loss_of, optimizer, small
 
 EXAMPLES = settings(derandomize=True, database=None, deadline=None, max_examples=60)
 CTX = Context()
+DIRECTION = Direction(3, 1, 4, 1)
 
 
 def encoded(codec: Any, *values: float) -> bytes:
@@ -195,6 +196,22 @@ def test_float64_parameters_move_along_the_same_direction() -> None:
     for params in (single, double):
         apply_estimates(params, [Direction(0, 0, 0, 0)], [1.0], 1.0)
     torch.testing.assert_close(single["w"].double(), double["w"], rtol=1e-6, atol=0)
+
+
+def test_threads_change_no_bit() -> None:
+    def moved(threads: int) -> list[Tensor]:
+        torch.set_num_threads(threads)
+        params = {f"w{i}": torch.ones(300, 100 + i) for i in range(5)}
+        work = Workspace(params)
+        spsa_estimate(lambda at: float(at["w3"].sum()), params, DIRECTION, 0.1, work=work)
+        apply_estimates(params, [DIRECTION, DIRECTION], [0.3, -0.7], 0.1, work=work)
+        return [*params.values(), *work.copies.values()]
+
+    threads = torch.get_num_threads()
+    try:
+        assert all(torch.equal(a, b) for a, b in zip(moved(1), moved(4), strict=True))
+    finally:
+        torch.set_num_threads(threads)
 
 
 # The optimizer.

@@ -8,8 +8,22 @@
 - `group`: the same on sockets.
 """
 
+from cograd.machines.one_byte.agreement import Dropped, Refused
 from cograd.machines.one_byte.codes import LinearByte, LogByte, LogNibble
+from cograd.machines.one_byte.group import Group
 from cograd.machines.one_byte.log import Log, LogError
 from cograd.machines.one_byte.optimizer import Info, LocalPeers, OneByte
 
-__all__ = ["Info", "LinearByte", "LocalPeers", "Log", "LogByte", "LogError", "LogNibble", "OneByte"]
+__all__ = [
+    "Dropped",
+    "Group",
+    "Info",
+    "LinearByte",
+    "LocalPeers",
+    "Log",
+    "LogByte",
+    "LogError",
+    "LogNibble",
+    "OneByte",
+    "Refused",
+]

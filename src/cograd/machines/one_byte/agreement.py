@@ -129,7 +129,7 @@ class Agreement:
     @property
     def waiting(self) -> bool:
         """Whether others are due to send something, so that patience with them may end."""
-        return self.electing or self.me in self._codes.get(self.round, {})
+        return self.electing or self.decided or self.me in self._codes.get(self.round, {})
 
     def expired(self) -> None:
         """Patience is at its end: go on with what there is."""

@@ -114,8 +114,10 @@ class Group:
         """
         self._drain()
         me, round = self.mailbox.member, self.round
-        own = self.zo.estimate(closure, batches, me)
-        self._agreement.contribute(own.payload)
+        own = None
+        if not self._agreement.decided:
+            own = self.zo.estimate(closure, batches, me)
+            self._agreement.contribute(own.payload)
         self._wait(lambda: self.round > round)
         members = self.zo.log[round].members
         return replace(self.zo.info(own, members), round=round)

@@ -13,6 +13,7 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property
 from typing import NamedTuple, TypeAlias
 
@@ -23,6 +24,9 @@ from torch import Tensor
 from cograd.core.streams import stream
 
 Tensors: TypeAlias = Mapping[str, Tensor]
+
+PARALLEL_FROM = 100_000
+"""Elements from which on the draws are worth starting threads for."""
 
 
 class Direction(NamedTuple):
@@ -61,6 +65,17 @@ class Workspace:
     def copies(self) -> dict[str, Tensor]:
         """Room for one perturbed copy of every tensor."""
         return {name: torch.empty_like(step) for name, step in self.steps.items()}
+
+    def each(self, do: Callable[[str], None]) -> None:
+        """Call ``do`` with every tensor's name, in as many threads as torch has where that pays: numpy draws
+        outside the interpreter's lock, and no tensor's numbers depend on another's."""
+        threads = min(torch.get_num_threads(), len(self.steps))
+        if threads == 1 or len(self._drawn) or sum(s.numel() for s in self.steps.values()) < PARALLEL_FROM:
+            for name in self.steps:
+                do(name)
+            return
+        with ThreadPoolExecutor(threads) as pool:
+            list(pool.map(do, sorted(self.steps, key=lambda name: -self.steps[name].numel())))
 
     def step(self, direction: Direction, name: str, factor: float) -> Tensor:
         """``factor`` z of a tensor, in its dtype and on its device. The next call for it overwrites this."""
@@ -102,15 +117,20 @@ def spsa_estimate(
     """
     work = work if work is not None else Workspace(params)
     up, down = eps * math.exp(log_ratio), eps * math.exp(-log_ratio)
-    for name, p in params.items():
+
+    def plus(name: str) -> None:
         step = work.step(direction, name, up * (factors[name] if factors else 1.0))
-        torch.add(p, step, out=work.copies[name])
-    above = loss(work.copies)
-    for name, p in params.items():
+        torch.add(params[name], step, out=work.copies[name])
+
+    def minus(name: str) -> None:
         step = work.steps[name]
         if up != down:
             step = work.step(direction, name, down * (factors[name] if factors else 1.0))
-        torch.sub(p, step, out=work.copies[name])
+        torch.sub(params[name], step, out=work.copies[name])
+
+    work.each(plus)
+    above = loss(work.copies)
+    work.each(minus)
     below = loss(work.copies)
     return Estimate((above - below) / (2 * eps), (above + below) / 2)
 
@@ -130,10 +150,14 @@ def apply_estimates(
     """
     work = work if work is not None else Workspace(params)
     moves = [(d, float(p)) for d, p in zip(directions, values, strict=True) if p != 0]
-    for name, theta in params.items():  # a tensor's whole sum while it is in the cache
-        factor = lr * (factors[name] if factors else 1.0)
+
+    def move(name: str) -> None:
+        """All of one tensor's moves, while it is in the cache."""
+        theta, factor = params[name], lr * (factors[name] if factors else 1.0)
         for direction, p in moves:
             theta.sub_(work.step(direction, name, factor * p))
+
+    work.each(move)
 
 
 def probe() -> str:
