@@ -306,3 +306,9 @@ def test_who_does_not_fit_is_refused(change: dict[str, Any], address: tuple[str,
         or message in unpack(send.payload)[0]["why"]
     )
     assert leader.roster == [0, 1]
+
+
+def test_control_of_an_unknown_kind_is_refused() -> None:
+    world = World(2, 0)
+    with pytest.raises(ValueError, match="member 1 sent control of kind 'shout'; there is no such kind"):
+        world.members[0].agreement.receive(1, CONTROL, pack("shout"))

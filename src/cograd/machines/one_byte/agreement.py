@@ -36,6 +36,7 @@ CONTROL = 1 << 63
 
 TO_NEWCOMERS = ("welcome", "try", "refused")
 """Kinds of control messages that answer a machine that wants to join."""
+_AMONG_MEMBERS = ("hello", "commit", "fetch", "bytes", "roster", "ask", "have", "lead")
 
 Address = tuple[str, int]
 
@@ -96,7 +97,6 @@ class Agreement:
         self._late: set[int] = set()
         self._ballot, self._version = (0, me), 0
         self._codes: dict[int, dict[int, bytes]] = {}
-        self._commit: tuple[int, ...] | None = None
         self._ahead: dict[int, tuple[int, ...]] = {}
         self._fetched: tuple[int, int] | None = None
         self._asked: dict[int, _Have | None] = {}
@@ -171,15 +171,17 @@ class Agreement:
                 self._late.discard(sender)
             self._progress()
             return
-        head, _, blob = bytes(payload).partition(b"\n")
-        content = json.loads(head)
+        content, blob = unpack(payload)
         kind = content["kind"]
         if kind == "join":
             self._join(sender, content)
         elif kind == "outside":
             self._on_outside(sender, content)
-        elif kind not in TO_NEWCOMERS and not self._stranger(sender, content.get("ballot")):
-            getattr(self, f"_on_{kind}")(sender, content, blob)
+        elif kind in _AMONG_MEMBERS:
+            if not self._stranger(sender, content.get("ballot")):
+                getattr(self, f"_on_{kind}")(sender, content, blob)
+        elif kind not in TO_NEWCOMERS:
+            raise ValueError(f"member {sender} sent control of kind {kind!r}; there is no such kind")
 
     def _stranger(self, sender: int, ballot: list[int] | None = None) -> bool:
         """Whether a sender is not in the group; it is told. One that was never heard of may be new and known
@@ -438,10 +440,11 @@ class Agreement:
 
 
 def pack(kind: str, blob: bytes = b"", **content: Any) -> bytes:
+    """A control message: one line of JSON, and what follows it."""
     return json.dumps({"kind": kind, **content}).encode() + b"\n" + blob
 
 
 def unpack(payload: Payload) -> tuple[dict[str, Any], bytes]:
-    """A control message's content and what follows it."""
+    """Inverse of `pack`."""
     head, _, blob = bytes(payload).partition(b"\n")
     return dict(json.loads(head)), blob
