@@ -8,6 +8,7 @@ computed once for every sentence. Weights and activations are float32.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from functools import lru_cache
 from itertools import islice
 from typing import TYPE_CHECKING, Any, TypeAlias
@@ -28,11 +29,13 @@ if TYPE_CHECKING:
     from cograd.papers._lab import Record
 
 Rows: TypeAlias = tuple[Tensor, Tensor]
+Training: TypeAlias = tuple[Callable[[int], None], Callable[[], dict[str, Any]]]
+"""A step, and what to record at the end."""
 
 MACHINES, SAMPLES, BATCH, LENGTH = 2, 4, 4, 32
 GENRES, WORDS, PROMPT = ("news", "fiction"), (" news", " fiction"), "\nCategory:"
 TRAIN, VALIDATION = 512, 400
-EVERY = 10
+EVERY = 15
 MODES = {"last block": (29, 0, 1e-3), "LoRA": (24, 4, 1e-2)}
 """Of each mode: the first trainable block, LoRA's rank (0: the blocks themselves), and eps as MeZO has it."""
 
@@ -48,49 +51,64 @@ class Task:
         return F.cross_entropy(self.end(hidden[rows]), labels[rows])
 
     @torch.inference_mode()
-    def evaluate(self) -> tuple[float, float]:
-        """Validation loss in nats, and accuracy in percent."""
-        hidden, labels = self.val
+    def evaluate(self, rank: int) -> tuple[float, float]:
+        """Validation loss in nats, and accuracy in percent, on this rank's share of the sentences."""
+        hidden, labels = (part[rank::MACHINES] for part in self.val)
         scores = torch.cat([self.end(part) for part in hidden.split(50)])
         return float(F.cross_entropy(scores, labels)), 100 * float((scores.argmax(1) == labels).float().mean())
 
 
+def warm(_: Context) -> None:
+    """Compute what the trainings share, so that no rank is still at it when the other waits in a collective."""
+    for first, *_rest in MODES.values():
+        _features(first)
+
+
 def train(ctx: Context, system: str, seed: int, mode: str, rounds: int, lr: float, **_: Any) -> Record:
-    """One fine-tuning: one byte an estimate on both machines, or Adam on rank 0 with the same sentences."""
+    """One fine-tuning: one byte an estimate on both machines, or Adam with the same sentences, alike on both.
+
+    ``history`` has (round, loss, accuracy) on this rank's share of the validation sentences.
+    """
     task = prepare(mode, seed)
-    if system.startswith("Adam"):
-        return {"history": _adam(ctx, task, seed, rounds, lr) if ctx.rank == 0 else []}
-    zo = OneByte(task.end, lr, eps=MODES[mode][2], samples=SAMPLES, seed=seed, transport=TorchDist())
-    history = [[0, *task.evaluate()]] if ctx.rank == 0 else []
+    step, finish = (_adam if system.startswith("Adam") else _one_byte)(ctx, task, mode, seed, lr)
+    history: list[list[float]] = [[0, *task.evaluate(ctx.rank)]]
     for t in range(rounds):
-        info = zo.step(task.loss, rows_of(seed, t, ctx.rank))
-        if ctx.rank == 0 and (t + 1) % EVERY == 0:
-            history.append([t + 1, *task.evaluate()])
-            ctx.progress(round=t + 1, loss=history[-1][1])
-    return {
-        "history": history,
-        "fingerprint": zo.fingerprint(),
-        "payload": zo.ledger.sent(ctx.rank),
-        "frames": zo.ledger.sent(ctx.rank, "frame"),
-        "elements": zo.space.numel,
-        "log": len(zo.log.to_bytes()),
-        "estimates": info.estimates * rounds,
-    }
-
-
-def _adam(ctx: Context, task: Task, seed: int, rounds: int, lr: float) -> list[list[float]]:
-    """As many steps, each on all sentences that the machines use in a round."""
-    adam = torch.optim.Adam([p for p in task.end.parameters() if p.requires_grad], lr)
-    history: list[list[float]] = [[0, *task.evaluate()]]
-    for t in range(rounds):
-        rows = torch.cat([r for m in range(MACHINES) for r in rows_of(seed, t, m)])
-        adam.zero_grad()
-        task.loss(rows).backward()
-        adam.step()
+        step(t)
         if (t + 1) % EVERY == 0:
-            history.append([t + 1, *task.evaluate()])
+            history.append([t + 1, *task.evaluate(ctx.rank)])
             ctx.progress(round=t + 1, loss=history[-1][1])
-    return history
+    return {"history": history, **finish()}
+
+
+def _one_byte(ctx: Context, task: Task, mode: str, seed: int, lr: float) -> Training:
+    """Rounds with the other machine; at the end what was sent and what came of it."""
+    zo = OneByte(task.end, lr, eps=MODES[mode][2], samples=SAMPLES, seed=seed, transport=TorchDist())
+
+    def step(t: int) -> None:
+        zo.step(task.loss, rows_of(seed, t, ctx.rank))
+
+    def finish() -> Record:
+        return {
+            "fingerprint": zo.fingerprint(),
+            "payload": zo.ledger.sent(ctx.rank),
+            "frames": zo.ledger.sent(ctx.rank, "frame"),
+            "elements": zo.space.numel,
+            "log": len(zo.log.to_bytes()),
+        }
+
+    return step, finish
+
+
+def _adam(ctx: Context, task: Task, mode: str, seed: int, lr: float) -> Training:
+    """Steps on all sentences that the machines use in a round."""
+    adam = torch.optim.Adam([p for p in task.end.parameters() if p.requires_grad], lr)
+
+    def step(t: int) -> None:
+        adam.zero_grad()
+        task.loss(torch.cat([rows for m in range(MACHINES) for rows in rows_of(seed, t, m)])).backward()
+        adam.step()
+
+    return step, dict
 
 
 def rows_of(seed: int, round: int, machine: int) -> list[Tensor]:

@@ -390,6 +390,7 @@ class Text:
     """SmolLM2-135M on two worker processes."""
 
     def __init__(self, lab: Lab) -> None:
+        self.warm = False
         self.lab, self.source = lab, {"brown": digest("brown")[:16], "model": smollm2.digest()}
         cells = [self._cell(*key, seed, lr) for seed in lab.seeds for key, lr in TEXT_RATES.items()]
         self.records: dict[tuple[str, str], list[Record]] = {key: [] for key in TEXT_RATES}
@@ -413,10 +414,18 @@ class Text:
         def on_progress(rank: int, event: Mapping[str, Any]) -> None:
             report(f"round {event['round']}/{c['rounds']}, validation loss {event['loss']:.3f}")
 
-        ranks = self.lab.workers(text.MACHINES).call(f"{text.__name__}:train", dict(c), on_progress=on_progress)
-        same = len({r.get("fingerprint") for r in ranks}) == 1
-        sent = max(r.get("payload", 0) for r in ranks)
-        return {**ranks[0], "identical": same, "payload": sent}
+        workers = self.lab.workers(text.MACHINES)
+        if not self.warm:
+            workers.call(f"{text.__name__}:warm")
+            self.warm = True
+        ranks = workers.call(f"{text.__name__}:train", dict(c), on_progress=on_progress)
+        shares = zip(*(r["history"] for r in ranks), strict=True)
+        return {
+            **ranks[0],
+            "history": [[mean(column) for column in zip(*points, strict=True)] for points in shares],
+            "identical": len({r.get("fingerprint") for r in ranks}) == 1,
+            "payload": max(r.get("payload", 0) for r in ranks),
+        }
 
     def _check(self, c: Cell, report: Report) -> Record:
         return {"perplexity": self.lab.workers(text.MACHINES).call(f"{text.__name__}:perplexity")[0]}
