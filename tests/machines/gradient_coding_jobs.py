@@ -68,7 +68,9 @@ def meet(ctx: Context) -> Mailbox:
     """A mailbox of a new session: worker i is rank i + 1, the master is member N."""
     meet.session += 1  # type: ignore[attr-defined]
     mailbox = Mailbox((ctx.rank - 1) % ctx.size, session_id("gradient-coding", meet.session))  # type: ignore[attr-defined]
-    mailbox.introduce(TorchDist())
+    transport = TorchDist()
+    mailbox.introduce(transport)
+    transport.all_gather_bytes(b"")  # nobody writes before all know each other: `connect` forgets what came
     return mailbox
 
 
