@@ -18,6 +18,7 @@ from cograd.machines.gradient_coding import (
     select,
 )
 from cograd.machines.one_byte import LocalPeers, LogByte, OneByte
+from cograd.machines.single_merging import DecentralizedTrainer, Mixing, Schedule, SingleMerging
 
 __all__ = [
     "DGC",
@@ -26,6 +27,7 @@ __all__ = [
     "SRSGC",
     "CyclicGC",
     "CyclicMDS",
+    "DecentralizedTrainer",
     "DensityWarmup",
     "GilbertElliott",
     "GradientCoding",
@@ -33,9 +35,12 @@ __all__ = [
     "LocalPeers",
     "LogByte",
     "MailboxCluster",
+    "Mixing",
     "OneByte",
     "RepetitionGC",
+    "Schedule",
     "SimulatedCluster",
+    "SingleMerging",
     "Trace",
     "Uncoded",
     "select",
