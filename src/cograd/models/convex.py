@@ -14,6 +14,7 @@ from torch import Tensor
 from cograd.core.streams import stream
 
 NEWTON = 100
+"""Steps after which Newton's method ends at the latest."""
 
 
 class LeastSquares:
@@ -36,7 +37,8 @@ class LeastSquares:
 
     @classmethod
     def random(cls, n: int, m: int, d: int, seed: int) -> LeastSquares:
-        """Normal rows, coefficients uniform in [0, 100), noise 10, and at each node another slope in [0.01, 5)."""
+        """Normal rows, coefficients uniform in [0, 100), noise 10; each node has its own, and a
+        slope in [0.01, 5)."""
         draw = stream(seed, "least squares", n, m, d).numpy
         rows = draw.standard_normal((n, m, d))
         targets = (rows @ (100 * draw.random((n, d, 1)))).squeeze(-1) + 10 * draw.standard_normal((n, m))
@@ -64,17 +66,18 @@ class LeastSquares:
         """Every node's gradient at its own row of x (n, d)."""
         return (self.hessians @ x[..., None]).squeeze(-1) - self.linear
 
-    def conjugate(self, y: Tensor) -> Tensor:
-        """Every node's gradient of the convex conjugate at its row of y (n, d): the x at which its gradient is
-        that row."""
-        return torch.linalg.solve(self.hessians, y + self.linear)
+    def conjugate(self, y: Tensor, nodes: Sequence[int] | slice = slice(None)) -> Tensor:
+        """The nodes' gradients of their convex conjugates, each at its row of y: the x at which a node's
+        gradient is that row."""
+        x: Tensor = torch.linalg.solve(self.hessians[nodes], y + self.linear[nodes])
+        return x
 
 
 class RidgeLogistic:
     """f_i(x) = mean over the node's rows of log(1 + exp(-b a x)) + ridge / 2 |x|^2, labels b of -1 and 1.
 
-    ``rows`` and ``labels`` hold one tensor (m_i, d) or (m_i,) a node; the m_i may differ. mu = ridge, L = ridge +
-    the largest eigenvalue of any A_i^T A_i / (4 m_i). Raises ValueError for ridge <= 0 or other labels.
+    ``rows`` and ``labels`` hold one tensor (m_i, d) or (m_i,) a node; the m_i may differ. mu = ridge, L =
+    ridge + the largest eigenvalue of any A_i^T A_i / (4 m_i). Raises ValueError for ridge <= 0 or other labels.
     """
 
     def __init__(self, rows: Sequence[Tensor], labels: Sequence[Tensor], ridge: float) -> None:

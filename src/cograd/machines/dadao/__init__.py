@@ -1,4 +1,4 @@
-"""DADAO (arXiv:2208.00779): n nodes minimise sum_i f_i together, gradients and averagings on clocks of their own.
+"""DADAO (arXiv:2208.00779): nodes minimise sum_i f_i together, gradients and averagings on clocks of their own.
 
 Every f_i is L-smooth and mu-strongly convex and known to node i alone; neighbours in a graph share one vector,
 y + z. Gradients and pairwise averagings are two independent families of Poisson events, so neither waits for
@@ -7,8 +7,8 @@ order:
 
 - `graph`: the communication graph, chi_1 (inverse spectral gap) and chi_2 (half the largest effective
   resistance of an edge) of its rate Laplacian;
-- `rates`: how often each edge averages, such that chi_1 chi_2 <= 1/2: uniform rates, the rates of least total (a
-  semidefinite program), and graphs that take turns;
+- `rates`: how often each edge averages, such that chi_1 chi_2 <= 1/2: uniform rates, the rates of least total
+  (a semidefinite program), and graphs that take turns;
 - `node`: the six vectors x, x~, y, y~, z, z~ of a node, their linear flow between events, and the two jumps.
   With s = sqrt(nu / L), nu = mu / 2:
 

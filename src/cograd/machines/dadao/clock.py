@@ -1,8 +1,8 @@
 """The events of all nodes and edges, as one process: n + |E| independent Poisson clocks, superposed.
 
 The superposition of Poisson processes is a Poisson process of the summed rate whose events belong to each with
-probability proportional to its rate. That is drawn in blocks, vectorised; block k is a function of (seed, k), so
-that a clock can be set anywhere without drawing what came before.
+probability proportional to its rate. That is drawn in blocks, vectorised; block k is a function of (seed, k),
+so that a clock can be set anywhere without drawing what came before.
 """
 
 from __future__ import annotations

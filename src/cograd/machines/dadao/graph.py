@@ -30,7 +30,7 @@ class Graph:
     """An undirected connected graph of nodes 0 .. n - 1; an edge is kept as (i, j) with i < j.
 
     A networkx graph with such nodes is ``Graph(len(G), tuple(G.edges))``. Raises ValueError for fewer than one
-    node, a self-loop, an edge given twice or to a node that is not there, and for a graph that is not connected.
+    node, a self-loop, an edge given twice or to a node that is not there, and a graph that is not connected.
     """
 
     n: int

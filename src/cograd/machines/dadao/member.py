@@ -1,8 +1,8 @@
-"""A node in a process of its own: real Poisson timers, exchanges over a network, and a log that can be replayed.
+"""A node in a process of its own: real Poisson timers, exchanges over a network, a log that can be replayed.
 
 A `Member` is an actor (`cograd.engines.events`): it runs on real sockets with ``serve`` and on a virtual clock
-with ``Virtual``. Its gradients and averagings are the calls of `Node` that the simulation makes, so the members'
-logs, merged into one list of events, give the same bits in a `DADAO` of the same objectives.
+with ``Virtual``. Its gradients and averagings are the calls of `Node` that the simulation makes, so the
+members' logs, merged into one list of events, give the same bits in a `DADAO` of the same objectives.
 
 An averaging of the edge (i, j), i < j, is started by i and takes three messages:
 
@@ -220,8 +220,8 @@ class Member:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continue from `state_dict` in a new session. Raises ValueError for another node's state, one of another
-        number of members (z is shared out among them) or another size."""
+        """Continue from `state_dict` in a new session. Raises ValueError for another node's state, one of
+        another number of members (z is shared out among them) or another size."""
         for name, ours in (("rank", self.rank), ("members", self.rates.n)):
             if state[name] != ours:
                 raise ValueError(f"the state is of {name} {state[name]}; here it is {ours}")

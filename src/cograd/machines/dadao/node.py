@@ -26,7 +26,7 @@ FLOAT32_LIMIT = 1e4
 
 @dataclass(frozen=True)
 class Constants:
-    """The constants of the flow and of the jumps; `of` gives the paper's. A name ending in _t has a tilde there.
+    """Constants of the flow and of the jumps; `of` gives the paper's. A name ending in _t has a tilde there.
 
     ``beta_t = 0`` or ``gamma_t = 0`` (`dataclasses.replace`) switch the acceleration of the averaging or of the
     gradients off.
@@ -82,7 +82,7 @@ class Constants:
 
 
 class Flow:
-    """expm(A h) in closed form: A has the eigenvalues 0 (twice), -2 eta, -(alpha + alpha~) and one complex pair.
+    """expm(A h) in closed form: A has eigenvalues 0 (twice), -2 eta, -(alpha + alpha~) and a complex pair.
 
     ``expm(A h) = B0 + e^(-2 eta h) B1 + e^(-(alpha + alpha~) h) B2 + e^(-alpha h / 2) (cos(w h) B3 + sin(w h)
     B4)`` with constant matrices, from the eigenvectors. float64 whatever the state's dtype.
@@ -140,8 +140,9 @@ class Node:
         constants, flow: the network's.
         average: keep the running mean of x over the node's own events, for gradients of minibatches.
 
-    ``time`` is that of its last event; the rows are as they were then (lazy flow). On the CPU the rows are numpy
-    views of ``state``, which cost less a touch than tensors do. Memory: 6 d numbers, 7 d with ``average``.
+    ``time`` is that of its last event; the rows are as they were then (lazy flow). On the CPU the rows are
+    numpy views of ``state``, which cost less a touch than tensors do. Memory: 6 d numbers, 7 d with
+    ``average``.
     """
 
     def __init__(
@@ -207,7 +208,7 @@ class Node:
         g = _touchable(found.detach())
         if not math.isfinite(g @ g):
             raise FloatingPointError(
-                f"gradient {self.gradients} at time {self.time:g} is not finite: is L too small or mu too large?"
+                f"gradient {self.gradients} is not finite at time {self.time:g}: is L too small, mu too large?"
             )
         return g
 
@@ -226,5 +227,5 @@ def check_state(x0: Tensor, mu: float, L: float) -> None:
     """Raise TypeError for a dtype the flow cannot have, ValueError for float32 at a large L / mu."""
     if x0.dtype not in DTYPES:
         raise TypeError(f"x0 must be float32 or float64 (the flow needs that precision); got {x0.dtype}")
-    if x0.dtype == torch.float32 and L > FLOAT32_LIMIT * mu:
+    if x0.dtype == torch.float32 and L / mu > FLOAT32_LIMIT:
         raise ValueError(f"x0 must be float64 where L / mu > {FLOAT32_LIMIT:g}; got float32 at {L / mu:g}")

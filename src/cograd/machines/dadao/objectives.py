@@ -28,8 +28,8 @@ def module_gradients(
 
     x is the vector of the model's trainable parameters in the order of ``ParamSpace.of(model)``, which also
     turns a result back into parameters (``space.views(x)``). The model itself is not changed. With ``batch``,
-    each call takes that many rows of the shard, drawn with replacement from (seed, node, k). The method's theory
-    asks for a strongly convex objective: a linear model, a convex loss, a ridge.
+    each call takes that many rows of the shard, drawn with replacement from (seed, node, k). The theory asks
+    for a strongly convex objective: a linear model, a convex loss, a ridge.
 
     Raises ValueError for ridge < 0, batch < 1, an empty shard, and inputs and targets of different lengths.
     """

@@ -10,6 +10,8 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
+from importlib import import_module
+from typing import Any
 
 import numpy as np
 
@@ -138,10 +140,7 @@ def _least_total(graph: Graph) -> tuple[float, ...]:
     Schur complement) the resistances are bounded by the linear b^T X b, so one semidefinite constraint serves
     all edges.
     """
-    try:
-        import cvxpy as cp
-    except ImportError as error:
-        raise ImportError("method 'sdp' needs cvxpy: pip install 'cograd[convex]'") from error
+    cp = _cvxpy()
     if not graph.edges:
         return ()
     n, m = graph.n, len(graph.edges)
@@ -160,6 +159,13 @@ def _least_total(graph: Graph) -> tuple[float, ...]:
     found = np.clip(rate.value, 0, None)
     found[found < _UNUSED * found.max()] = 0
     return tuple(found.tolist())
+
+
+def _cvxpy() -> Any:
+    try:
+        return import_module("cvxpy")
+    except ImportError as error:
+        raise ImportError("method 'sdp' needs cvxpy: pip install 'cograd[convex]'") from error
 
 
 def _orthogonal_to_ones(n: int) -> np.ndarray:

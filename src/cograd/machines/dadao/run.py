@@ -1,4 +1,4 @@
-"""All nodes in one process on one clock: what a user tries the method with, and what processes are checked by."""
+"""All nodes in one process on one clock: to try the method with, and to check processes by."""
 
 from __future__ import annotations
 
@@ -27,8 +27,8 @@ class DADAO:
         seed: of the Poisson clocks.
         average: keep each node's running mean of x, the read-out for minibatch gradients.
         constants: others than the paper's, for ablations.
-        ledger: counts a ``grad`` of work a gradient and one message each way an averaging, with the unit of time
-            as the round; a new one if not given.
+        ledger: counts a ``grad`` of work a gradient and one message each way an averaging, with the unit of
+            time as the round; a new one if not given.
 
     One unit of time is one gradient a node in expectation. Memory: (n, 6, d) numbers.
 
@@ -106,8 +106,8 @@ class DADAO:
         return sum(node.gradients for node in self.nodes)
 
     def states(self) -> Tensor:
-        """All six vectors of all nodes, flowed to now: (n, 6, d), a copy. The nodes themselves stay as they are,
-        so that looking changes no bit of a run."""
+        """All six vectors of all nodes, flowed to now: (n, 6, d), a copy. The nodes themselves stay as they
+        are, so that looking changes no bit of a run."""
         flowed = self._state.clone()
         for node, state in zip(self.nodes, flowed, strict=True):
             self.flow(state, self.now - node.time)
@@ -146,7 +146,9 @@ class DADAO:
                 f"this run has {tuple(ours.shape)} in {ours.dtype}"
             )
         if state["total rate"] != self.rates.total:
-            raise ValueError(f"the state is of a total rate {state['total rate']}; here it is {self.rates.total}")
+            raise ValueError(
+                f"the state is of a total rate {state['total rate']}; here it is {self.rates.total}"
+            )
         if (state["average"] is None) != (self._average is None):
             raise ValueError("the state and this run must both be with average=True or both without")
         self._state.copy_(theirs)
