@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -36,11 +37,14 @@ class LeastSquares:
         self.solution = torch.linalg.solve(self.hessians.sum(0), self.linear.sum(0))
 
     @classmethod
-    def random(cls, n: int, m: int, d: int, seed: int) -> LeastSquares:
-        """Normal rows, coefficients uniform in [0, 100), noise 10; each node has its own, and a
-        slope in [0.01, 5)."""
+    def random(cls, n: int, m: int, d: int, seed: int, spread: float = 1.0) -> LeastSquares:
+        """Normal rows, coefficients uniform in [0, 100), noise 10; another draw and slope at each
+        node, slopes uniform in [0.01, 5).
+
+        Columns are divided by factors from 1 to ``spread``, which multiplies L / mu by about its square.
+        """
         draw = stream(seed, "least squares", n, m, d).numpy
-        rows = draw.standard_normal((n, m, d))
+        rows = draw.standard_normal((n, m, d)) / np.geomspace(1, spread, d)
         targets = (rows @ (100 * draw.random((n, d, 1)))).squeeze(-1) + 10 * draw.standard_normal((n, m))
         slopes = draw.uniform(0.01, 5, (n, 1))
         return cls(torch.from_numpy(rows), torch.from_numpy(slopes * targets))

@@ -31,8 +31,8 @@ class Continuized:
         seed: of the clock.
 
     With p the edges' probabilities, r_e the effective resistance of e under them and r their maximum, the flow
-    has the rate eta = sqrt(mu lambda_2[p] / (2 L r)). ``gradients`` and ``activations`` count gradients of nodes
-    and uses of edges, each of which is two messages of d numbers.
+    has the rate eta = sqrt(mu lambda_2[p] / (2 L r)). ``gradients`` and ``activations`` count gradients
+    of nodes and uses of edges, each of which is two messages of d numbers.
     """
 
     def __init__(

@@ -78,7 +78,10 @@ class GossipRates:
 
 
 def gossip_rates(
-    graph: Graph | Sequence[Graph], method: str | Sequence[float] = "uniform", *, rescale: bool = False
+    graph: Graph | Sequence[Graph],
+    method: str | Sequence[float] | np.ndarray = "uniform",
+    *,
+    rescale: bool = False,
 ) -> GossipRates:
     """Admissible gossip rates of a graph.
 
@@ -93,16 +96,15 @@ def gossip_rates(
     graphs = (graph,) if isinstance(graph, Graph) else tuple(graph)
     if not graphs or len({g.n for g in graphs}) > 1:
         raise ValueError(f"graph must be one graph or several on the same nodes; got {graphs}")
+    if not isinstance(method, str):
+        return _given(graphs, np.array(method, dtype=np.float64), rescale)
     if method == "uniform":
         return _uniform(graphs)
+    if method != "sdp":
+        raise ValueError(f"method must be 'uniform', 'sdp' or the rates themselves; got {method!r}")
     if len(graphs) > 1:
         raise ValueError(f"several graphs need method 'uniform'; got {method!r}")
-    if method == "sdp":
-        return _scaled(graphs[0], np.array(_least_total(graphs[0])))
-    if isinstance(method, str):
-        raise ValueError(f"method must be 'uniform', 'sdp' or the rates themselves; got {method!r}")
-    rates = np.array(method, dtype=np.float64)
-    return _scaled(graphs[0], rates) if rescale else GossipRates(graphs, (rates,))
+    return _scaled(graphs[0], np.array(_least_total(graphs[0])))
 
 
 def _checked(graph: Graph, rates: np.ndarray) -> None:
@@ -112,6 +114,12 @@ def _checked(graph: Graph, rates: np.ndarray) -> None:
     if wrong.any():
         e = int(wrong.argmax())
         raise ValueError(f"rates must be finite and >= 0; edge {graph.edges[e]} has {rates[e]}")
+
+
+def _given(graphs: tuple[Graph, ...], rates: np.ndarray, rescale: bool) -> GossipRates:
+    if len(graphs) > 1:
+        raise ValueError("several graphs need method 'uniform'; got rates")
+    return _scaled(graphs[0], rates) if rescale else GossipRates(graphs, (rates,))
 
 
 def _uniform(graphs: tuple[Graph, ...]) -> GossipRates:
