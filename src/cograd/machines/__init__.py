@@ -1,5 +1,6 @@
 """Gradients shared between machines over a network."""
 
+from cograd.machines.dadao import DADAO, Graph, gossip_rates
 from cograd.machines.dgc import DGC, DensityWarmup
 from cograd.machines.gradient_coding import (
     GC,
@@ -21,6 +22,7 @@ from cograd.machines.one_byte import LocalPeers, LogByte, OneByte
 from cograd.machines.single_merging import DecentralizedTrainer, Mixing, Schedule, SingleMerging
 
 __all__ = [
+    "DADAO",
     "DGC",
     "GC",
     "MSGC",
@@ -31,6 +33,7 @@ __all__ = [
     "DensityWarmup",
     "GilbertElliott",
     "GradientCoding",
+    "Graph",
     "Learner",
     "LocalPeers",
     "LogByte",
@@ -43,5 +46,6 @@ __all__ = [
     "SingleMerging",
     "Trace",
     "Uncoded",
+    "gossip_rates",
     "select",
 ]

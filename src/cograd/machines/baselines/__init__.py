@@ -1,6 +1,9 @@
 """What the methods of this room are compared with, from the same code path."""
 
+from cograd.machines.baselines.adom_plus import ADOMPlus
+from cograd.machines.baselines.continuized import Continuized
 from cograd.machines.baselines.full_gradient import Backprop, FullZeroth
 from cograd.machines.baselines.gradient_dropping import GradientDropping
+from cograd.machines.baselines.msda import MSDA
 
-__all__ = ["Backprop", "FullZeroth", "GradientDropping"]
+__all__ = ["MSDA", "ADOMPlus", "Backprop", "Continuized", "FullZeroth", "GradientDropping"]
