@@ -1,12 +1,11 @@
 """A minimal gradient-matching attack: recover an input from what was shared of its gradient.
 
-The attacker knows the weights, R, the label and y = R grad l(w; x*), and minimises ||R grad l(w; x) - y||^2 over
-x from random starts, by gradients through the gradient.
+The attacker knows the weights, R, the label and y = R grad l(w; x*), and minimises ||R grad l(w; x) - y||^2
+over x from random starts, by gradients through the gradient.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 
 import torch
@@ -30,26 +29,34 @@ def match(
     strong Wolfe line search, of ``steps`` iterations at most, from N(0.5, 0.1^2) noise.
     """
     size = float(seen.square().sum())
-    best, distance = torch.zeros(shape, dtype=seen.dtype), math.inf
+
+    def distance(x: Tensor) -> Tensor:
+        return (observe(x) - seen).square().sum() / size
+
+    found = []
     for restart in range(restarts):
-        x = (0.5 + 0.1 * stream(seed, "attack", restart).normal(*shape)).to(seen.dtype).requires_grad_()
-        optimizer = torch.optim.LBFGS(
-            [x],
-            max_iter=steps,
-            history_size=50,
-            tolerance_grad=1e-14,
-            tolerance_change=1e-18,
-            line_search_fn="strong_wolfe",
-        )
+        start = (0.5 + 0.1 * stream(seed, "attack", restart).normal(*shape)).to(seen.dtype)
+        x = _minimised(distance, start.requires_grad_(), steps)
+        found.append((float(distance(x).detach()), x.detach()))
+    best, guess = min(found, key=lambda pair: pair[0])
+    return guess, best
 
-        def closure() -> Tensor:
-            optimizer.zero_grad()
-            loss = (observe(x) - seen).square().sum() / size
-            loss.backward()
-            return loss
 
-        optimizer.step(closure)  # type: ignore[arg-type]  # torch wants a float and takes a tensor
-        reached = float((observe(x) - seen).square().sum().detach()) / size
-        if reached < distance:
-            best, distance = x.detach().clone(), reached
-    return best, distance
+def _minimised(function: Callable[[Tensor], Tensor], x: Tensor, steps: int) -> Tensor:
+    optimizer = torch.optim.LBFGS(
+        [x],
+        max_iter=steps,
+        history_size=50,
+        tolerance_grad=1e-14,
+        tolerance_change=1e-18,
+        line_search_fn="strong_wolfe",
+    )
+
+    def closure() -> Tensor:
+        optimizer.zero_grad()
+        value = function(x)
+        value.backward()
+        return value
+
+    optimizer.step(closure)
+    return x

@@ -153,6 +153,8 @@ class _Linear(torch.autograd.Function):
 
 
 def _linear(vector: Tensor, sketch: Sketch, round: int, transposed: bool) -> Tensor:
+    if not (vector.requires_grad and torch.is_grad_enabled()):
+        return sketch._use(vector, round, transposed)
     result: Tensor = _Linear.apply(vector, sketch, round, transposed)  # type: ignore[no-untyped-call]
     return result
 
