@@ -18,6 +18,7 @@ from cograd.machines.gradient_coding import (
     Uncoded,
     select,
 )
+from cograd.machines.linear_sketch import GaussianDP, LinearSketch, Sketch, SketchedFedAvg
 from cograd.machines.one_byte import LocalPeers, LogByte, OneByte
 from cograd.machines.single_merging import DecentralizedTrainer, Mixing, Schedule, SingleMerging
 
@@ -31,10 +32,12 @@ __all__ = [
     "CyclicMDS",
     "DecentralizedTrainer",
     "DensityWarmup",
+    "GaussianDP",
     "GilbertElliott",
     "GradientCoding",
     "Graph",
     "Learner",
+    "LinearSketch",
     "LocalPeers",
     "LogByte",
     "MailboxCluster",
@@ -44,6 +47,8 @@ __all__ = [
     "Schedule",
     "SimulatedCluster",
     "SingleMerging",
+    "Sketch",
+    "SketchedFedAvg",
     "Trace",
     "Uncoded",
     "gossip_rates",

@@ -2,8 +2,9 @@
 
 from cograd.machines.baselines.adom_plus import ADOMPlus
 from cograd.machines.baselines.continuized import Continuized
+from cograd.machines.baselines.fetchsgd import FetchSGD
 from cograd.machines.baselines.full_gradient import Backprop, FullZeroth
 from cograd.machines.baselines.gradient_dropping import GradientDropping
 from cograd.machines.baselines.msda import MSDA
 
-__all__ = ["MSDA", "ADOMPlus", "Backprop", "Continuized", "FullZeroth", "GradientDropping"]
+__all__ = ["MSDA", "ADOMPlus", "Backprop", "Continuized", "FetchSGD", "FullZeroth", "GradientDropping"]
