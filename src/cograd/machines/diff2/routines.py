@@ -17,7 +17,7 @@ class Local(Protocol):
     """The selected worker's private access to its own records."""
 
     def difference(self, now: Tensor, before: Tensor, step: int) -> Tensor:
-        """Clipped mean of gradient differences on a fresh batch, with noise; zeros where the points are equal."""
+        """Clipped mean of gradient differences on a fresh batch, with noise; zeros where now is before."""
 
 
 class Routine(Protocol):
