@@ -163,9 +163,9 @@ class Diff2Plan:
 
     @cached_property
     def _local_multiplier(self) -> float:
-        """The smallest z_3 (to 0.4 %) with which no worker exceeds epsilon."""
-        low, high = -4.0, 20.0  # of log2: epsilon falls as z_3 grows
-        while high - low > 5e-3:
+        """The smallest z_3 (to 1.4 %) with which no worker exceeds epsilon."""
+        low, high = -2.0, 14.0  # of log2: epsilon falls as z_3 grows
+        while high - low > 0.02:
             middle = (low + high) / 2
             spent = max(self._spent(self.rounds, w, 2.0**middle).epsilon() for w in range(self.workers))
             low, high = (low, middle) if spent <= self.epsilon else (middle, high)
