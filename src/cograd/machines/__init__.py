@@ -2,6 +2,7 @@
 
 from cograd.machines.dadao import DADAO, Graph, gossip_rates
 from cograd.machines.dgc import DGC, DensityWarmup
+from cograd.machines.diff2 import BVRLocalSGD, Diff2, Diff2Plan, GDRoutine
 from cograd.machines.gradient_coding import (
     GC,
     MSGC,
@@ -28,10 +29,14 @@ __all__ = [
     "GC",
     "MSGC",
     "SRSGC",
+    "BVRLocalSGD",
     "CyclicGC",
     "CyclicMDS",
     "DecentralizedTrainer",
     "DensityWarmup",
+    "Diff2",
+    "Diff2Plan",
+    "GDRoutine",
     "GaussianDP",
     "GilbertElliott",
     "GradientCoding",
