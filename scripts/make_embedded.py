@@ -2,6 +2,8 @@
 
     COGRAD_DATA=... python scripts/make_embedded.py
 
+The two small UCI tables come from an installed scikit-learn.
+
 Images are rows of the full parquet files with their encoded bytes untouched (PNG, JPEG), so nothing is lost
 and they read with the code that reads the full sets: 400 of each class for training and 100 for testing,
 chosen and ordered by a stream of cograd. The text is whole. The same bytes need the same versions of pyarrow
@@ -58,6 +60,26 @@ def images(full: Path, name: str, column: str) -> None:
         )
 
 
+def uci() -> None:
+    """Write the digits and the breast-cancer measurements as scikit-learn has them."""
+    from sklearn import datasets
+
+    digits = datasets.load_digits()
+    rows = np.column_stack([digits.data, digits.target]).astype(int)
+    _write("digits.csv.bz2", [",".join(map(str, row)) for row in rows.tolist()])
+    cancer = datasets.load_breast_cancer()
+    names = [name.replace(" ", "_") for name in cancer.feature_names]
+    lines = [
+        ",".join(map(repr, [*row, label]))
+        for row, label in zip(cancer.data.tolist(), cancer.target.tolist(), strict=True)
+    ]
+    _write("breast-cancer.csv.bz2", [",".join([*names, "benign"]), *lines])
+
+
+def _write(file: str, lines: list[str]) -> None:
+    (HERE / file).write_bytes(bz2.compress("".join(line + "\n" for line in lines).encode()))
+
+
 def main() -> None:
     """Write every embedded file, then the record of their digests."""
     full = Path(os.environ["COGRAD_DATA"])
@@ -66,6 +88,7 @@ def main() -> None:
     images(full / "cifar10", "cifar-5k", "img")
     text = (full / "tinyshakespeare" / "input.txt").read_bytes()
     (HERE / "tiny-shakespeare.txt.bz2").write_bytes(bz2.compress(text))
+    uci()
     digests = {
         name: files.digest(files.embedded(source.files))
         for name, source in CATALOGUE.items()

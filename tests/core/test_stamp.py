@@ -111,6 +111,17 @@ def test_a_module_that_does_not_exist_is_refused(module):
         stamp(module, {})
 
 
+def test_a_registry_is_left_out_with_what_only_it_imports(package):
+    name = package(
+        a="import PACKAGE.registry\nimport PACKAGE.used",
+        registry="import PACKAGE.listed\nimport PACKAGE.used\n__registry__ = True",
+        listed="",
+        used="",
+    )
+    assert set(closure(f"{name}.a")) == {"a", "used"}
+    assert set(closure(f"{name}.a", f"{name}.listed")) == {"a", "used", "listed"}
+
+
 # Hash
 
 CODE = '''
@@ -208,6 +219,12 @@ def test_the_empty_piece_that_python_3_12_adds_to_an_f_string_does_not_count():
 def test_a_known_hash_does_not_drift(hash_of):
     # results that are recorded hold such hashes: a change here makes every one of them stale
     assert hash_of(CODE) == "1e8a7ebd66822ef7"
+
+
+def test_the_reason_of_a_claim_is_not_hashed(hash_of):
+    plain = hash_of("c = Claim(1, threshold=2)")
+    assert hash_of("c = Claim(1, threshold=2, reason='noise')") == plain
+    assert hash_of("c = Claim(1, threshold=3)") != plain
 
 
 # Stamp and stale

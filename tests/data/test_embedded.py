@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from cograd import data
-from cograd.data import loading
+from cograd.data import catalogue, loading
 from cograd.data.catalogue import CATALOGUE
 
 PIXELS = {
@@ -102,6 +102,27 @@ def test_the_digest_of_one_file_is_that_of_its_bytes() -> None:
     assert data.digest("tiny-shakespeare") == hashlib.blake2b(raw, digest_size=32).hexdigest()
 
 
+def test_digits_are_a_fixed_1400_and_397_of_scikit_learns() -> None:
+    train, test = data.load("digits"), data.load("digits", "test", dtype=torch.float64)
+    assert train.x.shape == (1400, 1, 8, 8)
+    assert test.x.shape == (397, 1, 8, 8)
+    assert (test.x.dtype, train.x.min(), train.x.max()) == (torch.float64, 0, 1)
+    assert torch.equal((train.x * 16).round(), train.x * 16)
+    assert fingerprint(train.x.numpy().tobytes()) == "b238d4e2f0143d46ae6c663318df531a"
+    with pytest.raises(ValueError, match=r"dtype must be a floating type; got torch.uint8"):
+        data.load("digits", dtype=torch.uint8)
+
+
+def test_breast_cancer_is_standardised() -> None:
+    table = data.load("breast-cancer")
+    assert table.x.shape == (569, 30)
+    assert table.y.bincount().tolist() == [212, 357]
+    assert table.x.mean(0).tolist() == pytest.approx([0] * 30, abs=1e-5)
+    assert table.x.std(0, correction=0).tolist() == pytest.approx([1] * 30, abs=1e-5)
+    assert repr(table) == "Table(breast-cancer/all: 569 x 30 float32, 2 classes)"
+    assert table.without("mean_radius").x.shape == (569, 29)
+
+
 def test_an_embedded_file_that_was_altered_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(loading, "_recorded", lambda: {"mnist-5k": "00"})
     with pytest.raises(data.DataDamaged, match="mnist-5k inside the package"):
@@ -123,12 +144,19 @@ def test_no_split_means_the_first() -> None:
 def test_names_lists_every_set_with_its_terms() -> None:
     listed = data.names()
     assert [info.name for info in listed] == list(CATALOGUE)
-    assert [info.name for info in listed if info.embedded] == ["mnist-5k", "cifar-5k", "tiny-shakespeare"]
+    assert [info.name for info in listed if info.embedded] == [
+        *("mnist-5k", "cifar-5k", "tiny-shakespeare", "digits", "breast-cancer")
+    ]
     assert all(info.licence and "\n" not in info.description for info in listed)
 
 
-def test_the_types_know_every_set_of_images_and_every_graph() -> None:
-    for alias, kind in ((loading.ImagesName, data.Images), (loading.GraphName, data.Graph)):
+def test_the_types_know_every_set_of_their_kind() -> None:
+    for alias, kind in (
+        (catalogue.ImagesName, data.Images),
+        (catalogue.TextName, data.Text),
+        (catalogue.TableName, data.Table),
+        (catalogue.GraphName, data.Graph),
+    ):
         known = [name for name, source in CATALOGUE.items() if source.kind is kind]
         assert list(typing.get_args(alias)) == known
 

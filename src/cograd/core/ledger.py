@@ -90,6 +90,11 @@ class Ledger:
         for column, value in zip(self._columns, entry, strict=True):
             column.append(value)
 
+    def all_reduce(self, round: int, payload: int, members: int) -> None:
+        """Record a ring all-reduce of ``payload`` bytes a party, of which 2 (N-1)/N travel as frames."""
+        for party in range(members):
+            self.send(party, round, payload, frame=max(payload, 2 * (members - 1) * payload // members))
+
     def work(self, party: int, kind: str, amount: float = 1) -> None:
         """Record work of a party, for example ``work(0, "grad", batch_size)``."""
         if kind not in WORK:

@@ -116,6 +116,8 @@ class Frame:
     payload: Payload
     error: bool = False
 
+    HEAD = _HEADER.size
+    """Bytes at a frame's beginning that tell its length; see `length_of`."""
     OVERHEAD = _HEADER.size + _SUM
     """Bytes that a frame adds to its payload."""
 
@@ -133,6 +135,14 @@ class Frame:
             _MAGIC, int(self.error), self.session, self.round, self.sender, 0, len(self.payload)
         )
         return b"".join((head, self.payload, _checksum(head, self.payload)))
+
+    @classmethod
+    def length_of(cls, head: Payload) -> int:
+        """Bytes of the whole frame that begins with ``head`` (`HEAD` bytes). Raises FrameError if none does."""
+        magic, kind, _, _, _, zero, length = _HEADER.unpack(head)
+        if magic != _MAGIC or zero or kind > 1:
+            raise FrameError("not a cograd frame")
+        return cls.OVERHEAD + int(length)
 
     @classmethod
     def unpack(cls, data: Payload, session: bytes, round: int | None = None) -> Frame:

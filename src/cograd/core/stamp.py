@@ -19,9 +19,10 @@ from typing import Any
 import torch
 
 
-def stamp(module: str, data: Mapping[str, str]) -> dict[str, Any]:
-    """The stamp of ``module`` now: hash by file of its import closure, digest by data set, torch's version."""
-    files = {name: _hash(path) for name, path in sorted(closure(module).items())}
+def stamp(module: str, data: Mapping[str, str], *readers: str) -> dict[str, Any]:
+    """The stamp of ``module`` now: hash by file of its import closure and that of the modules that read its
+    data, digest by data set, torch's version."""
+    files = {name: _hash(path) for name, path in sorted(closure(module, *readers).items())}
     return {"files": files, "data": dict(data), "torch": torch.__version__.split("+")[0]}
 
 
@@ -39,24 +40,35 @@ def stale(recorded: Mapping[str, Any], current: Mapping[str, Any]) -> list[str]:
     return causes
 
 
-def closure(module: str) -> dict[str, Path]:
-    """The modules of cograd that ``module`` imports, directly or not, itself included: file by short name.
+def closure(*modules: str) -> dict[str, Path]:
+    """The modules of cograd that ``modules`` import, directly or not, themselves included: file by short name.
 
     A package counts where something is imported from it, not where it merely lies on the way to a module:
-    otherwise every new method would make its room's results stale.
+    otherwise every new method would make its room's results stale. For the same reason a registry, a module
+    that says ``__registry__ = True`` because it only lists others, is left out, with what only it imports.
     """
-    if _source(module) is None:
-        raise ValueError(f"module must be one that can be imported; got {module!r}")
-    package = module.partition(".")[0]
-    todo, found = [module], {}
+    for module in modules:
+        if _source(module) is None:
+            raise ValueError(f"module must be one that can be imported; got {module!r}")
+    package = modules[0].partition(".")[0]
+    todo, found = list(modules), dict[str, Path]()
     while todo:
         name = todo.pop()
         path = _source(name)
-        if path is None or name in found:
+        if path is None or name in found or _is_registry(path):
             continue
         found[name] = path
         todo += [n for n in _imports(path, name) if n.partition(".")[0] == package]
     return {"/".join(n.split(".")[1:] or [package]): p for n, p in found.items()}
+
+
+@lru_cache(maxsize=512)
+def _is_registry(path: Path) -> bool:
+    return any(
+        isinstance(node, ast.Assign)
+        and any(isinstance(t, ast.Name) and t.id == "__registry__" for t in node.targets)
+        for node in ast.parse(path.read_bytes()).body
+    )
 
 
 @lru_cache(maxsize=512)
@@ -106,8 +118,11 @@ def _without_idle(parent: ast.AST, value: Any) -> Any:
 
 
 def _is_idle(parent: ast.AST, node: Any) -> bool:
-    """Whether a part does nothing: a statement that is a string and nothing else (a docstring, the text that
-    documents a constant), or the empty piece that Python 3.12 adds to some f-strings."""
+    """Whether a part decides no number: a statement that is a string and nothing else (a docstring, the text
+    that documents a constant), the empty piece that Python 3.12 adds to some f-strings, or the ``reason=`` that
+    explains a claim, which is written after the run that it explains."""
+    if isinstance(node, ast.keyword):
+        return node.arg == "reason"
     text = node.value if isinstance(node, ast.Expr) else node
     if not isinstance(text, ast.Constant) or not isinstance(text.value, str):
         return False

@@ -1,15 +1,26 @@
-"""The data sets by name: what each is, its terms, its splits, its files and who reads them."""
+"""The data sets by name: what each is, its terms, its splits, its files and who reads them.
+
+A registry: results are stamped with the readers of the sets that they name, not with this list.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Literal, TypeAlias
 
-from cograd.data import images, texts
+from cograd.data import images, texts, uci
 from cograd.data.adult import adult
 from cograd.data.files import Files, Origin
 from cograd.data.kinds import DataSet, Graph, Images, Records, Table, Text
 from cograd.data.planetoid import PARTS, planetoid
+
+__registry__ = True
+
+ImagesName: TypeAlias = Literal["mnist-5k", "cifar-5k", "digits", "mnist", "fashion-mnist", "cifar10"]
+TextName: TypeAlias = Literal["tiny-shakespeare"]
+TableName: TypeAlias = Literal["breast-cancer", "adult"]
+GraphName: TypeAlias = Literal["cora", "citeseer"]
 
 HUB = "https://huggingface.co/datasets"
 GITHUB = "https://raw.githubusercontent.com"
@@ -78,6 +89,22 @@ CATALOGUE: dict[str, Source] = {
         ("train", "val", "test"),
         _embedded("tiny-shakespeare.txt.bz2"),
         texts.shakespeare,
+    ),
+    "digits": Source(
+        Images,
+        "1,400 + 397 handwritten digits of 43 people, 1 x 8 x 8; in the package",
+        "CC BY 4.0",
+        ("train", "test"),
+        _embedded("digits.csv.bz2"),
+        uci.digits,
+    ),
+    "breast-cancer": Source(
+        Table,
+        "569 breast tumours by 30 measurements: is it benign?; in the package",
+        "CC BY 4.0",
+        ("all",),
+        _embedded("breast-cancer.csv.bz2"),
+        uci.breast_cancer,
     ),
     "mnist": Source(
         Images,

@@ -42,11 +42,15 @@ def reader(
 
 
 def as_dtype(images: Images, dtype: torch.dtype) -> Tensor:
-    """The pixels of uint8 images as they are, or in [0, 1]. Raises ValueError for another integer type."""
-    if dtype == torch.uint8:
+    """The pixels of uint8 images as they are, or in [0, 1]. Raises ValueError for an integer type that the
+    pixels do not have."""
+    if images.x.is_floating_point() and dtype.is_floating_point:
+        return images.x.to(dtype)
+    if dtype == torch.uint8 == images.x.dtype:
         return images.x
     if not dtype.is_floating_point:
-        raise ValueError(f"dtype must be torch.uint8 or a floating type; got {dtype}")
+        allowed = "a floating type" if images.x.is_floating_point() else "torch.uint8 or a floating type"
+        raise ValueError(f"dtype must be {allowed}; got {dtype}")
     return images.x.to(dtype).div_(255)
 
 

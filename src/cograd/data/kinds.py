@@ -116,10 +116,8 @@ class Table(DataSet):
         return len(self.y)
 
     def __repr__(self) -> str:
-        return (
-            f"Table({self.name}/{self.split}: {_shape(self.x)}, {len(self.classes)} classes, "
-            f"sensitive: {', '.join(self.sensitive)})"
-        )
+        sensitive = f", sensitive: {', '.join(self.sensitive)}" if self.sensitive else ""
+        return f"Table({self.name}/{self.split}: {_shape(self.x)}, {len(self.classes)} classes{sensitive})"
 
     def without(self, *columns: str) -> Table:
         """This table less the features of these columns of the source (``"sex"`` drops ``sex=...``).

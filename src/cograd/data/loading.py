@@ -9,17 +9,14 @@ from dataclasses import dataclass, replace
 from functools import cache
 from importlib.resources import files as package_files
 from importlib.resources.abc import Traversable
-from typing import Literal, TypeAlias, overload
+from typing import Literal, overload
 
 import torch
 
 from cograd.data import files
-from cograd.data.catalogue import CATALOGUE, Source
+from cograd.data.catalogue import CATALOGUE, GraphName, ImagesName, Source, TableName, TextName
 from cograd.data.images import as_dtype
 from cograd.data.kinds import DataSet, Graph, Images, Problem, Records, Sentence, Table, Tagged, Text
-
-ImagesName: TypeAlias = Literal["mnist-5k", "cifar-5k", "mnist", "fashion-mnist", "cifar10"]
-GraphName: TypeAlias = Literal["cora", "citeseer"]
 
 
 @dataclass(frozen=True)
@@ -44,9 +41,9 @@ def names() -> tuple[Info, ...]:
 @overload
 def load(name: ImagesName, split: str | None = None, *, dtype: torch.dtype | None = None) -> Images: ...
 @overload
-def load(name: Literal["tiny-shakespeare"], split: str | None = None) -> Text: ...
+def load(name: TextName, split: str | None = None) -> Text: ...
 @overload
-def load(name: Literal["adult"], split: str | None = None) -> Table: ...
+def load(name: TableName, split: str | None = None) -> Table: ...
 @overload
 def load(name: GraphName, split: str | None = None) -> Graph: ...
 @overload
@@ -89,6 +86,11 @@ def digest(name: str) -> str:
     """The digest that `load` gives the set, from its files' bytes alone. Raises as `load` does."""
     source = _source(name)
     return _checked_digest(name, source, _files(name, source))
+
+
+def readers(*names: str) -> tuple[str, ...]:
+    """The modules whose code reads these sets, for a result's stamp."""
+    return tuple(dict.fromkeys(_source(name).read.__module__ for name in names))
 
 
 def _source(name: str) -> Source:

@@ -141,8 +141,7 @@ class Attachment:
             return exchange.decode(self._gather(exchange.encode()))
         total = exchange.collect()
         size = total.numel() * total.element_size()
-        for party in range(members):
-            self.ledger.send(party, exchange.round, size, frame=max(size, 2 * (members - 1) * size // members))
+        self.ledger.all_reduce(exchange.round, size, members)
         self.transport.all_reduce(total)
         return exchange.reduced(total)
 
@@ -172,15 +171,8 @@ class Attachment:
         self._read(self.transport.all_gather_bytes(frame.pack()))
 
     def _add_decay(self, update: Tensor) -> None:
-        if self._decay is None or self.exchange.momentum == 0:
-            return
-        for group in self._optimizer.param_groups:
-            for parameter in group["params"] if group.get("weight_decay") else ():
-                name = self._names.get(id(parameter))
-                if name is not None:
-                    weight_decay(
-                        self.exchange, update, name, self._decay, parameter.detach(), group["weight_decay"]
-                    )
+        if self._decay is not None:
+            weight_decay(self.exchange, update, self._decay, self._optimizer, self._names)
 
     def _before_step(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
         if not self._exchanged:

@@ -17,7 +17,7 @@ Gradients are fed as their party's share of the sum: an engine multiplies each b
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
 import torch
@@ -80,22 +80,31 @@ class Exchange(Protocol):
 
 
 def weight_decay(
-    exchange: Exchange, update: Tensor, name: str, buffer: Tensor, weight: Tensor, decay: float
+    exchange: Exchange,
+    update: Tensor,
+    velocity: Tensor,
+    optimizer: torch.optim.Optimizer,
+    names: Mapping[int, str],
 ) -> None:
     """Give a momentum-free optimizer's ``decay * weight`` the momentum that coupled weight decay has.
 
     The velocity of the decay alone is d <- m d + decay w, the same on every party. The optimizer will add
     ``decay * w`` itself, so the rest is added to the update: m d of the step before (with Nesterov, of this
-    one). By linearity the sum is `torch.optim.SGD(momentum=m, weight_decay=decay)`.
+    one). By linearity the sum is `torch.optim.SGD(momentum=m, weight_decay=decay)`. ``names`` are those of the
+    exchange's parameters by id.
     """
-    segment = exchange.space[name]
-    part = update[segment.slice].view(segment.shape)
-    velocity = buffer[segment.slice].view(segment.shape)
-    if not exchange.nesterov:
-        part.add_(velocity, alpha=exchange.momentum)
-    velocity.mul_(exchange.momentum).add_(weight, alpha=decay)
-    if exchange.nesterov:
-        part.add_(velocity, alpha=exchange.momentum)
+    if exchange.momentum == 0:
+        return
+    for group in optimizer.param_groups:
+        for parameter in group["params"] if group.get("weight_decay") else ():
+            if id(parameter) in names:
+                segment = exchange.space[names[id(parameter)]]
+                part, due = (v[segment.slice].view(segment.shape) for v in (update, velocity))
+                if not exchange.nesterov:
+                    part.add_(due, alpha=exchange.momentum)
+                due.mul_(exchange.momentum).add_(parameter.detach(), alpha=group["weight_decay"])
+                if exchange.nesterov:
+                    part.add_(due, alpha=exchange.momentum)
 
 
 def norm_of(space: ParamSpace, gradients: dict[str, Tensor]) -> float:

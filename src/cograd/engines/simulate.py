@@ -85,8 +85,7 @@ class Simulation:
             for exchange in self.exchanges[1:]:
                 total += exchange.collect()
             size = total.numel() * total.element_size()
-            for party in range(members):
-                self.ledger.send(party, step, size, frame=max(size, 2 * (members - 1) * size // members))
+            self.ledger.all_reduce(step, size, members)
             updates = [exchange.reduced(total.clone()) for exchange in self.exchanges]
             return updates[0]
         payloads = [exchange.encode() for exchange in self.exchanges]
@@ -98,10 +97,7 @@ class Simulation:
     def _apply(self, update: Tensor) -> None:
         lead = self.exchanges[0]
         names = {id(p): name for name, p in self.parameters.items()}
-        if lead.momentum:
-            for group in self.optimizer.param_groups:
-                for p in group["params"] if group.get("weight_decay") else ():
-                    weight_decay(lead, update, names[id(p)], self._decay, p.detach(), group["weight_decay"])
+        weight_decay(lead, update, self._decay, self.optimizer, names)
         for name, value in lead.space.views(update).items():
             self.parameters[name].grad = value.to(self.parameters[name].dtype)
         self.optimizer.step()

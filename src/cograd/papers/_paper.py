@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from cograd import data
 from cograd.core.claim import Claim, Curve, Result, Row
 from cograd.core.stamp import stale, stamp
+from cograd.data.loading import readers
 
 if TYPE_CHECKING:
     from cograd.papers._lab import Lab
@@ -57,7 +58,7 @@ class Paper:
 
     def stamp(self) -> dict[str, Any]:
         """The stamp of this paper's code and data as they are now."""
-        return stamp(self.module, {name: data.digest(name) for name in self.datasets})
+        return stamp(self.module, {name: data.digest(name) for name in self.datasets}, *readers(*self.datasets))
 
     def recorded(self) -> dict[str, Any] | None:
         """The result that ships with the package."""

@@ -114,8 +114,7 @@ def _powersgd(ddp: DistributedDataParallel, lr: float, rank: int) -> _Link:
         before = sum(e.payload for e in ledger if e.sender == 0)
         steps = len(ledger) // WORKERS
         sent = dense if steps < 2 else factors - (before - 2 * dense)
-        for party in range(WORKERS):
-            ledger.send(party, steps, sent, frame=max(sent, 2 * (WORKERS - 1) * sent // WORKERS))
+        ledger.all_reduce(steps, sent, WORKERS)
 
     optimizer.register_step_post_hook(count)
     return _Link(optimizer, ledger, lambda: ledger.sent(0))
