@@ -185,4 +185,4 @@ def overlapping(transport: Overlapping | TorchDist | None) -> Overlapping:
         return AsyncTorchDist() if dist.is_initialized() else AsyncAlone()
     if isinstance(transport, TorchDist) and not isinstance(transport, AsyncTorchDist):
         return AsyncTorchDist(transport.group)
-    return transport  # type: ignore[return-value]  # what is left of the union
+    return transport

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 class GPT(nn.Module):
     """Tokens (B, T), int64, T <= context -> logits (B, T, vocabulary).
 
-    Pre-norm blocks (RMSNorm, causal attention with normalised queries and keys, GELU), learned positions, no
+    Pre-norm blocks (LayerNorm, causal attention with normalised queries and keys, GELU), learned positions, no
     biases, no dropout. The output layer is a matrix of its own, or the embedding itself if ``tied``. Weights
     are normal with standard deviation 0.02, those that write to the residual stream less by sqrt(2 blocks).
 
@@ -40,7 +40,7 @@ class GPT(nn.Module):
         self.tokens = nn.Embedding(vocabulary, width)
         self.positions = nn.Embedding(context, width)
         self.blocks = nn.ModuleList(Block(width, heads) for _ in range(blocks))
-        self.norm = nn.RMSNorm(width)
+        self.norm = _norm(width)
         self.head = nn.Linear(width, vocabulary, bias=False)
         for name, parameter in self.named_parameters():
             if parameter.dim() == 2:
@@ -63,8 +63,8 @@ class Block(nn.Module):
     def __init__(self, width: int, heads: int) -> None:
         super().__init__()
         self.heads = heads
-        self.attention_norm, self.mlp_norm = nn.RMSNorm(width), nn.RMSNorm(width)
-        self.query_norm, self.key_norm = nn.RMSNorm(width // heads), nn.RMSNorm(width // heads)
+        self.attention_norm, self.mlp_norm = _norm(width), _norm(width)
+        self.query_norm, self.key_norm = _norm(width // heads), _norm(width // heads)
         self.attention_in = nn.Linear(width, 3 * width, bias=False)
         self.attention_out = nn.Linear(width, width, bias=False)
         self.mlp_in = nn.Linear(width, 4 * width, bias=False)
@@ -80,6 +80,10 @@ class Block(nn.Module):
         q, k, v = self.attention_in(x).view(batch, length, 3, self.heads, -1).permute(2, 0, 3, 1, 4)
         mixed = F.scaled_dot_product_attention(self.query_norm(q), self.key_norm(k), v, is_causal=True)
         return self.attention_out(mixed.transpose(1, 2).reshape(batch, length, width))  # type: ignore[no-any-return]
+
+
+def _norm(width: int) -> nn.LayerNorm:
+    return nn.LayerNorm(width, bias=False)
 
 
 def next_token_loss(logits: Tensor, targets: Tensor, z: float = 1e-4) -> Tensor:

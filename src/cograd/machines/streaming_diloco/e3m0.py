@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 import torch
@@ -22,6 +22,8 @@ from torch import Tensor
 from cograd.core.codecs import CodecError, Context, Dense, Encoded, Layout, State
 from cograd.core.message import Payload
 from cograd.core.streams import stream
+
+Array: TypeAlias = np.ndarray[Any, Any]
 
 LOWEST, HIGHEST = -120, 127
 """Range of the scale e. A tensor below 2^LOWEST is zero, so that 2^(e-6) is never a subnormal number."""
@@ -80,14 +82,14 @@ class E3M0:
     def nbytes(self, layout: Layout) -> int:
         return len(self._lengths(layout)) + math.ceil(sum(layout) / 2)
 
-    def _lengths(self, layout: Layout) -> np.ndarray[Any, Any]:
+    def _lengths(self, layout: Layout) -> Array:
         """Entries under each scale."""
         if self.block is None:
             return np.array([n for n in layout if n], dtype=np.int64)
         parts = [min(self.block, n - at) for n in layout for at in range(0, n, self.block)]
         return np.array(parts, dtype=np.int64)
 
-    def _scales(self, magnitude: np.ndarray[Any, Any], lengths: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+    def _scales(self, magnitude: Array, lengths: Array) -> Array:
         """e of every scale (int32): the exponent of its largest magnitude, rounded to nearest or upwards."""
         if not len(lengths):
             return np.empty(0, dtype=np.int32)
@@ -97,7 +99,7 @@ class E3M0:
             raise ValueError("x must be finite and below 2^127 to be written in E3M0; it holds other values")
         return scales
 
-    def _values(self, payload: Payload, lengths: np.ndarray[Any, Any]) -> Tensor:
+    def _values(self, payload: Payload, lengths: Array) -> Tensor:
         view, numel = memoryview(payload), int(lengths.sum())
         scales = np.frombuffer(view[: len(lengths)], dtype=np.int8).astype(np.int32)
         packed = np.frombuffer(view[len(lengths) :], dtype=np.uint8)
@@ -111,10 +113,8 @@ class E3M0:
         return torch.from_numpy(values)
 
 
-def _codes(
-    bits: np.ndarray[Any, Any], scales: np.ndarray[Any, Any], uniform: np.ndarray[Any, Any] | None
-) -> np.ndarray[Any, Any]:
-    """The code of each entry (uint8), from its bits, its scale and, for stochastic rounding, a draw from [0, 1)."""
+def _codes(bits: Array, scales: Array, uniform: Array | None) -> Array:
+    """The code of each entry (uint8); ``uniform`` is a draw from [0, 1) each, for stochastic rounding."""
     magnitude = bits & _MAGNITUDE
     if uniform is None:
         ranks = _exponent(magnitude + _NEAREST) - scales + 7
@@ -126,25 +126,27 @@ def _codes(
         ranks = np.where(magnitude < least.view(np.uint32), raised, ranks)
     ranks[scales < LOWEST] = 0
     ranks = np.clip(ranks, 0, 7).astype(np.uint8)
-    return ranks | (bits >> np.uint32(28) & np.uint32(8)).astype(np.uint8) * (ranks > 0)
+    codes: Array = ranks | (bits >> np.uint32(28) & np.uint32(8)).astype(np.uint8) * (ranks > 0)
+    return codes
 
 
-def _exponent(bits: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+def _exponent(bits: Array) -> Array:
     """The exponent of float32 bits without a sign (int32)."""
-    return (bits >> np.uint32(_MANTISSA)).astype(np.int32) - _BIAS
+    exponents: Array = (bits >> np.uint32(_MANTISSA)).astype(np.int32)
+    return exponents - _BIAS
 
 
-def _power(exponents: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+def _power(exponents: Array) -> Array:
     """2 to the exponents (float32); 2^-126 for what is below the normal numbers."""
     return ((np.maximum(exponents, -126) + _BIAS).astype(np.uint32) << np.uint32(_MANTISSA)).view(np.float32)
 
 
-def _packed(codes: np.ndarray[Any, Any]) -> bytes:
+def _packed(codes: Array) -> bytes:
     even = np.pad(codes, (0, len(codes) % 2))
     return bytes(even[::2] | even[1::2] << 4)
 
 
-def _pairs() -> np.ndarray[Any, Any]:
+def _pairs() -> Array:
     """What the two codes of a byte stand for at e = 0: (256, 2), float32."""
     powers = np.concatenate([[0.0], 2.0 ** np.arange(-6, 1)])
     each = np.concatenate([powers, -powers]).astype(np.float32)

@@ -99,7 +99,9 @@ def partition(model: nn.Module, fragments: Fragments | Rule) -> dict[str, tuple[
             if name not in names:
                 raise ValueError(f"fragment {label!r} holds {name!r}, which is no trainable parameter")
             if name in seen:
-                raise ValueError(f"parameter {name!r} must be in one fragment; it is in {seen[name]!r} and {label!r}")
+                raise ValueError(
+                    f"parameter {name!r} must be in one fragment; it is in {seen[name]!r} and {label!r}"
+                )
             seen[name] = label
     left_out = [name for name in names if name not in seen]
     if left_out:

@@ -1,4 +1,4 @@
-"""Streaming DiLoCo (arXiv:2501.18512): replicas train on their own and share a fragment of their weights at a time.
+"""Streaming DiLoCo (arXiv:2501.18512): replicas train alone and share a fragment of their weights at a time.
 
 M replicas train the same model on their own data with their own inner optimizer. All of them hold the same
 outer parameters g. Each fragment p of the model is exchanged every H steps, in its turn (Algorithm 2):
@@ -50,13 +50,13 @@ from cograd.engines.transport import TorchDist
 from cograd.machines.streaming_diloco import schedule as schedules
 from cograd.machines.streaming_diloco.e3m0 import E3M0
 from cograd.machines.streaming_diloco.fragments import Fragments, Rule, partition
-from cograd.machines.streaming_diloco.outer import Outer, OuterFragment, nesterov
+from cograd.machines.streaming_diloco.outer import PAPER_OUTER, Outer, OuterFragment
 
 _CHECKSUM = 8  # bytes of g's checksum before each payload
 
 
 class ReplicasApart(RuntimeError):
-    """The outer parameters of two replicas differ, which they never may: g is not sent again after the start."""
+    """The outer parameters of two replicas differ, which they never may: g itself is never sent."""
 
 
 @dataclass
@@ -111,7 +111,7 @@ class StreamingDiLoCo:
         *,
         fragments: Fragments | Rule,
         sync_every: int = 100,
-        outer: Outer = nesterov(),
+        outer: Outer = PAPER_OUTER,
         overlap: int = 1,
         alpha: float = 0.5,
         codec: FixedLength | None = None,
@@ -369,7 +369,9 @@ class StreamingDiLoCo:
         and inner optimizer of an old one. Raises ValueError for a state of another model or other settings.
         """
         if state["schema"] != self.schema.digest:
-            raise ValueError("the state is of another model, or of other fragments or settings, than this run's")
+            raise ValueError(
+                "the state is of another model, or of other fragments or settings, than this run's"
+            )
         for fragment, saved in zip(self.fragments, state["fragments"], strict=True):
             fragment.load_state_dict(saved)
         self.step, self.exchanges = int(state["step"]), int(state["exchanges"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Mapping
 from typing import Any, TypeAlias
 
@@ -17,6 +18,10 @@ Outer: TypeAlias = Callable[[list[nn.Parameter]], torch.optim.Optimizer]
 def nesterov(lr: float = 0.4, momentum: float = 0.9) -> Outer:
     """The paper's outer optimizer, v <- mu v + Delta, g <- g - lr (Delta + mu v). Momentum 0 is plain SGD."""
     return lambda parameters: torch.optim.SGD(parameters, lr=lr, momentum=momentum, nesterov=momentum > 0)
+
+
+PAPER_OUTER = nesterov()
+"""Rate 0.4, as the paper tuned it, and DiLoCo's momentum of 0.9."""
 
 
 class OuterFragment:
@@ -71,11 +76,11 @@ class OuterFragment:
     def state_dict(self) -> dict[str, Any]:
         return {
             "parameters": {name: view.clone() for name, view in self.views.items()},
-            "optimizer": self.optimizer.state_dict(),
+            "optimizer": copy.deepcopy(self.optimizer.state_dict()),
             "received": self.received,
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         self.space.flatten(state["parameters"], out=self.vector)
-        self.optimizer.load_state_dict(state["optimizer"])
+        self.optimizer.load_state_dict(copy.deepcopy(state["optimizer"]))  # it would keep the tensors
         self.received = int(state["received"])
