@@ -22,10 +22,12 @@ from cograd.machines.gradient_coding import (
 from cograd.machines.linear_sketch import GaussianDP, LinearSketch, Sketch, SketchedFedAvg
 from cograd.machines.one_byte import LocalPeers, LogByte, OneByte
 from cograd.machines.single_merging import DecentralizedTrainer, Mixing, Schedule, SingleMerging
+from cograd.machines.streaming_diloco import E3M0, StreamingDiLoCo
 
 __all__ = [
     "DADAO",
     "DGC",
+    "E3M0",
     "GC",
     "MSGC",
     "SRSGC",
@@ -54,6 +56,7 @@ __all__ = [
     "SingleMerging",
     "Sketch",
     "SketchedFedAvg",
+    "StreamingDiLoCo",
     "Trace",
     "Uncoded",
     "gossip_rates",
