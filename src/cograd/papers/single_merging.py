@@ -8,16 +8,13 @@ merges a BatchNorm ConvNet on CIFAR-5k with and without re-estimated statistics.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from pathlib import Path
-from statistics import mean
-from typing import TYPE_CHECKING, Any, Literal
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Literal
 
 import torch
 from torch import Tensor, nn
 
 from cograd import data
-from cograd.core.claim import Claim, Curve, Op, Row
 from cograd.core.streams import stream
 from cograd.data.partition import batches
 from cograd.machines.single_merging.measures import descent_term
@@ -27,10 +24,9 @@ from cograd.machines.single_merging.sampling import class_weighted
 from cograd.machines.single_merging.schedule import Schedule
 from cograd.machines.single_merging.trainer import DecentralizedTrainer, replicas
 from cograd.models.mlp import MLP
-from cograd.papers._paper import Findings, Paper
 
 if TYPE_CHECKING:
-    from cograd.papers._lab import Cell, Lab, Record, Report
+    from cograd.papers._lab import Cell, Record, Report
 
 NODES, ALPHA, SAMPLES, BATCH, LOCAL_STEPS, ROUNDS = 16, 0.1, 256, 32, 10, 100
 LR, DECAY, PEERS = 1e-3, 5e-4, 0.2
