@@ -342,11 +342,11 @@ def _exact_claims() -> list[Claim]:
             ("adom-mc", ADOM_MC, edges * gossips(star.condition), 62192.0),
         )
     ]
-    for n, ratio in ((16, 4), (64, 8), (300, 17)):
+    for n, times in ((16, 4), (64, 8), (300, 17)):
         small = Graph.star(n)
         value = round(len(small.edges) * rounds(small) / gossip_rates(small).total, 6)
-        text = f"Star of {n} nodes: a round of MSDA activates {ratio} times as many edges as DADAO's"
-        claims.append(_equal(f"round.{n}", text, f"{SOURCE}, Sec. 4", value, ratio))
+        text = f"Star of {n} nodes: a round of MSDA activates {times} times as many edges as DADAO's"
+        claims.append(_equal(f"round.{n}", text, f"{SOURCE}, Sec. 4", value, times))
     for name, ratio, digits in (
         ("star 16", 1.0, 3),
         ("cycle 16", 1.0, 3),
