@@ -427,7 +427,7 @@ def _privacy_claims() -> list[Claim]:
             ),
             Claim(
                 id=f"privacy.pld.{epsilon:g}",
-                text=f"epsilon {epsilon:g}: by privacy loss distributions (dp-accounting) it is no more than that",
+                text=f"epsilon {epsilon:g}: by dp-accounting's privacy loss distributions it is no more",
                 source="zCDP is an upper bound",
                 kind="exact",
                 values=[spent.second_opinion("pld")],
