@@ -59,20 +59,22 @@ class Grid:
     lrs: Sequence[float]
     clips: Sequence[float]
     diff_clips: Sequence[float]
+    parts: Sequence[int] = (10, 3, 1)
+    """Of the rounds, of which the restart interval is one."""
 
     def settings(self, system: str) -> list[Setting]:
         if system in (DP_GD, PER_MESSAGE[DP_GD]):
             return [(r, 1, lr, c, c) for r, lr, c in product(self.rounds, self.lrs, self.clips)]
-        found = product(self.rounds, FRACTIONS, self.lrs, self.clips, self.diff_clips)
+        found = product(self.rounds, self.parts, self.lrs, self.clips, self.diff_clips)
         return [(r, max(2, r // part), lr, c, d) for r, part, lr, c, d in found]
 
 
 SIZES, BOUNDS, DIMENSION = (3_000, 10_000, 30_000, 100_000), (20.0, 5.0), 50
 ROUNDS = (10, 30, 100, 300, 1000, 3000)
 WIDTHS, EPSILONS = (3.0, 10.0), (3.0, 1.0)
-REGRESSION = Grid((30, 100, 300, 1000), (0.1, 0.3, 1.0), (2.0, 5.0, 10.0, 20.0), (3.0, 6.0, 12.0))
-ADULT_EPSILONS, ADULT_WORKERS, ADULT_SHARE = (3.0, 5.0), 10, 26_040
-ADULT = Grid((50, 150, 500), (0.03, 0.1, 0.3, 1.0), (0.3, 1.0, 3.0), (1.0, 3.0, 10.0))
+REGRESSION = Grid((10, 30, 100, 300), (0.1, 0.3, 1.0), (2.0, 5.0, 10.0, 20.0), (3.0, 6.0, 12.0))
+ADULT_EPSILONS, ADULT_WORKERS, ADULT_TRAIN = (3.0, 5.0), 10, 26_040
+ADULT = Grid((50, 150, 500), (0.1, 0.3, 1.0), (1.0, 3.0, 5.0), (3.0, 10.0, 30.0), (30, 10, 3, 1))
 LOCAL_GRID = tuple(product((10, 30), (4, 16), (0.1, 0.3, 1.0)))  # rounds, local steps, step size
 BATCH = 128
 
@@ -123,15 +125,15 @@ def task_of(cell: Cell) -> Task:
         features, targets = regression(seed, cell["width"])
         return Task(Regression(features, targets), [1000] * 4, cell["epsilon"])
     return Task(
-        adult(seed, cell.get("share", 1)), [ADULT_SHARE // ADULT_WORKERS] * ADULT_WORKERS, cell["epsilon"]
+        adult(seed, cell.get("share", 1)), [ADULT_TRAIN // ADULT_WORKERS] * ADULT_WORKERS, cell["epsilon"]
     )
 
 
 def regression(seed: int, width: float) -> tuple[Tensor, Tensor]:
-    """4000 records of six features; labels carry uniform noise of +- ``width``."""
+    """4000 records of six standard normal features; a truth of norm 1, uniform noise of +- ``width``."""
     draw = stream(seed, "regression")
     features, truth = draw.normal(4000, 6), draw.normal(6)
-    return features, features @ truth + width * (2 * draw.uniform(4000) - 1)
+    return features, features @ (truth / truth.norm()) + width * (2 * draw.uniform(4000) - 1)
 
 
 def network(seed: int, width: int) -> nn.Sequential:
@@ -140,11 +142,11 @@ def network(seed: int, width: int) -> nn.Sequential:
 
 
 def adult(seed: int, share: int = 1) -> Softplus:
-    """80 % of Adult for training, the rest for tests. Tuning sees the gradients of one record in ``share``,
-    with the noise that all of them call for."""
+    """80 % of Adult for training, the rest for tests. Tuning sees one record in ``share`` of both, with the
+    noise that is right for all of them."""
     table = data.load("adult")
     order, labels = stream(seed, "split").permutation(len(table.y)), table.y.float()
-    train, test = order[: ADULT_SHARE // share], order[ADULT_SHARE:]
+    train, test = order[:ADULT_TRAIN:share], order[ADULT_TRAIN::share]
     weights = network(seed, table.x.shape[1]).parameters()
     return Softplus(
         table.x[train],
@@ -385,7 +387,7 @@ def _adults(study: Study) -> None:
     for epsilon in ADULT_EPSILONS:
         systems = {system: ADULT.settings(system) for system in (DP_GD, METHOD)}
         cell = {"part": "adult", "epsilon": epsilon, "batch": 16, "looks": 25}
-        study.tune(adult_name(epsilon), systems, ("loss", "mean"), cell, {"share": 4})
+        study.tune(adult_name(epsilon), systems, ("loss", "mean"), cell, {"share": 16})
 
 
 def _replays(lab: Lab, problems: Sequence[str]) -> list[Record]:
