@@ -177,7 +177,7 @@ def test_bad_input_is_refused_by_name(make: Callable[[], object], said: str) -> 
 
 def test_bad_vectors_and_masks_are_refused() -> None:
     code = CyclicGC(4, 1)
-    with pytest.raises(ValueError, match=r"parts must have shape \(s \+ 1 = 2, d\); got \(3, 7\)"):
+    with pytest.raises(ValueError, match=r"parts must have shape \(2 chunks, d\); got \(3, 7\)"):
         code.encode(0, torch.zeros(3, D))
     with pytest.raises(TypeError, match=r"parts must be float32 or float64; got torch\.float16"):
         code.encode(0, torch.zeros(2, D, dtype=torch.float16))
