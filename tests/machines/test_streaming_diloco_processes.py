@@ -79,8 +79,8 @@ def test_all_replicas_name_the_one_whose_outer_gradient_is_not_finite(pool: Pool
 def test_outer_parameters_that_drifted_are_found_at_the_next_exchange(pool: Pool) -> None:
     for said in pool("drifted_on_rank_1"):
         assert said == (
-            "ReplicasApart: step 10, fragment 'first': the outer parameters of replica 1 "
-            "are not those of replica 0"
+            "ReplicasApart: step 10, fragment 'first': "
+            "the outer parameters of replica 1 are not those of replica 0"
         )
 
 
