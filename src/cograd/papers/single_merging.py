@@ -641,7 +641,7 @@ def _draw_costs(ax: Any, curves: Mapping[tuple[str, str], Any], inits: Sequence[
             label = f"window, {name} tenth" if named else None
             ax.plot(sent["mean"][-1], nodes["mean"][-1], mark, label=label, **style)
     ax.set(xscale="log", xlabel="models sent by all nodes", ylabel="test accuracy, %")
-    ax.set(ylim=(0, 125), yticks=range(0, 101, 20), title="accuracy and messages (hollow, dashed: per-node)")
+    ax.set(ylim=(0, 125), yticks=range(0, 101, 20), title="against messages (dashed: per-node)")
     ax.legend(frameon=False, fontsize=8, ncols=2, loc="upper left")
 
 
