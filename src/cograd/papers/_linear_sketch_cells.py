@@ -273,7 +273,11 @@ def private(
     }
 
 
-@lru_cache
 def _privacy(epsilon: float, noise_in: str) -> GaussianDP:
     where: Any = noise_in
-    return GaussianDP.for_epsilon(epsilon, PRIVATE_ROUNDS, clip=CLIP, delta=DELTA, noise_in=where)
+    return GaussianDP(CLIP, _noise(epsilon), DELTA, noise_in=where)
+
+
+@lru_cache
+def _noise(epsilon: float) -> float:
+    return GaussianDP.for_epsilon(epsilon, PRIVATE_ROUNDS, clip=CLIP, delta=DELTA).noise_multiplier
