@@ -57,8 +57,8 @@ class GaussianDP:
         if not self.noise_multiplier:
             return math.inf
         try:
-            import dp_accounting  # type: ignore[import-untyped]
-            from dp_accounting.rdp import RdpAccountant  # type: ignore[import-untyped]
+            import dp_accounting
+            from dp_accounting.rdp import RdpAccountant
         except ImportError as error:
             raise ImportError("accounting needs dp-accounting: pip install 'cograd[privacy]'") from error
         event = dp_accounting.GaussianDpEvent(self.noise_multiplier)

@@ -1,0 +1,262 @@
+"""A node in a process of its own: real Poisson timers, exchanges over a network, a log that can be replayed.
+
+A `Member` is an actor (`cograd.engines.events`): it runs on real sockets with ``serve`` and on a virtual clock
+with ``Virtual``. Its gradients and averagings are the calls of `Node` that the simulation makes, so the
+members' logs, merged into one list of events, give the same bits in a `DADAO` of the same objectives.
+
+An averaging of the edge (i, j), i < j, is started by i and takes three messages:
+
+1. ``ASK`` i -> j: i is busy from now on and has had no event after its time;
+2. ``ACCEPT`` j -> i, when j is free: the event's time t, not before either's last event, and y_j + z_j at t;
+3. ``TELL`` i -> j: y_i + z_i at t. Both have moved, both are free.
+
+A busy node queues what comes. Whoever waits for an ACCEPT waits for a larger id, and whoever waits for a TELL
+waits for a node that answers at once: no circle of waiting, hence no deadlock.
+"""
+
+from __future__ import annotations
+
+import math
+import struct
+from collections import deque
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from cograd.core.message import Payload
+from cograd.core.streams import stream
+from cograd.engines.events import Net
+from cograd.machines.dadao.clock import Event
+from cograd.machines.dadao.node import Constants, Flow, Gradient, Node, check_state
+from cograd.machines.dadao.rates import GossipRates
+
+ASK, ACCEPT, TELL, DONE = range(4)
+OVERHEAD = 19
+"""Bytes that an averaging's messages hold besides the two vectors: kind and time, kind and time, kind."""
+
+_KIND, _TIMED = struct.Struct("<B"), struct.Struct("<Bd")
+_GRADIENT, _END = "gradient", "end"
+
+
+class Entry(NamedTuple):
+    """One event in a node's log; ``peer`` is -1 for a gradient."""
+
+    time: float
+    kind: str
+    peer: int
+
+
+class Member:
+    """One node of a network of processes.
+
+    Args:
+        gradient: of this node's objective; see `Gradient`.
+        x0: (d,), on the CPU.
+        rank: this node's number in the rates' graph.
+        mu, L, rates, average, constants: as in `DADAO`; the same at every member.
+        until: the unit of time at which it ends. It stops when the neighbours that may still ask are done too.
+        seed: of its timers.
+        patience: units of time after which a neighbour that does not answer counts as lost.
+
+    ``log`` has its events in order. Raises ValueError as `DADAO` does, for a rank that is not in the graph, and
+    for rates of several graphs; while running, TimeoutError that names a neighbour which does not answer.
+    """
+
+    def __init__(
+        self,
+        gradient: Gradient,
+        x0: Tensor,
+        *,
+        rank: int,
+        mu: float,
+        L: float,
+        rates: GossipRates,
+        until: float,
+        seed: int = 0,
+        average: bool = False,
+        constants: Constants | None = None,
+        patience: float = 30.0,
+    ) -> None:
+        if not 0 <= rank < rates.n:
+            raise ValueError(f"rank must be a node of the graph, 0 .. {rates.n - 1}; got {rank}")
+        if len(rates.graphs) > 1:
+            raise ValueError(f"rates must be of one graph for processes; got {len(rates.graphs)} graphs")
+        if x0.dim() != 1 or x0.device.type != "cpu":
+            raise ValueError(f"x0 must be a vector on the CPU; got shape {tuple(x0.shape)} on {x0.device}")
+        constants = constants if constants is not None else Constants.of(mu, L, rates.chi1)
+        check_state(x0, mu, L)
+        self._state = Node.fresh(x0.detach())
+        self._average = torch.zeros_like(self._state[0]) if average else None
+        self.node = Node(self._state, gradient, constants, Flow(constants), self._average)
+        self.rank, self.rates, self.until, self.seed, self.patience = rank, rates, until, seed, patience
+        self.log: list[Entry] = []
+        self.session = 0
+        pairs = list(zip(rates.graphs[0].edges, rates.rates[0].tolist(), strict=True))
+        self._above = {j: rate for (i, j), rate in pairs if i == rank}
+        self._below = {i for (i, j), _ in pairs if j == rank}
+
+    # The actor's three faces.
+
+    def start(self, net: Net) -> None:
+        if net.members != self.rates.n or net.rank != self.rank:
+            raise ValueError(
+                f"the session must have the graph's {self.rates.n} members and this one as {self.rank}; "
+                f"got {net.members} and {net.rank}"
+            )
+        self._draw = stream(self.seed, "member", self.rank, self.session).numpy
+        self._ahead = self.node.time  # of the clock that starts at 0 in every session
+        self._jobs: deque[tuple[Any, float]] = deque()
+        self._busy: tuple[int, int, float, float] | None = None  # what for, with whom, event's time, since
+        self._waiting, self._over = set(self._below), False
+        self._arm(net, _GRADIENT)
+        for peer in self._above:
+            self._arm(net, peer)
+        net.after(max(0.0, self.until - self._time(net)), _END)
+
+    def timer(self, net: Net, key: Any) -> None:
+        if key == _END:
+            self._over = True
+        elif not self._over:
+            self._arm(net, key)
+            self._jobs.append((key, 0.0))
+            self._check_patience(net)
+        self._work(net)
+
+    def receive(self, net: Net, sender: int, payload: Payload) -> None:
+        kind = payload[0]
+        if kind == DONE:
+            self._waiting.discard(sender)
+        elif kind == ASK:
+            self._jobs.append(((ASK, sender), _TIMED.unpack(payload)[1]))
+        elif self._busy is None or self._busy[:2] != ({ACCEPT: ASK, TELL: ACCEPT}.get(kind), sender):
+            raise ValueError(f"message of kind {kind} from node {sender}, which was not asked for it")
+        elif kind == ACCEPT:
+            time, theirs = _TIMED.unpack_from(payload)[1], self._vector(payload, _TIMED.size)
+            net.send(sender, _KIND.pack(TELL) + self.node.message(time).tobytes())
+            self._meet(time, sender, theirs)
+        else:
+            self._meet(self._busy[2], sender, self._vector(payload, _KIND.size))
+        self._work(net)
+
+    # What it does when it is free.
+
+    def _work(self, net: Net) -> None:
+        while self._jobs and self._busy is None:
+            job, not_before = self._jobs.popleft()
+            time = max(self._time(net), not_before)
+            if isinstance(job, tuple):
+                self._busy = (ACCEPT, job[1], time, net.now)
+                net.send(job[1], _TIMED.pack(ACCEPT, time) + self.node.message(time).tobytes())
+            elif self._over:
+                continue  # an own event that came too late
+            elif job == _GRADIENT:
+                self.node.on_gradient(time)
+                self.log.append(Entry(time, "grad", -1))
+            else:
+                self._busy = (ASK, job, time, net.now)
+                net.send(job, _TIMED.pack(ASK, time))
+        if self._over and self._busy is None:
+            self._leave(net)
+
+    def _meet(self, time: float, peer: int, theirs: np.ndarray) -> None:
+        self.node.on_message(time, theirs)
+        self.log.append(Entry(time, "edge", peer))
+        self._busy = None
+
+    def _leave(self, net: Net) -> None:
+        """Say once that no more will be asked, and stop when the same is known of all who may ask."""
+        for peer in self._above:
+            net.send(peer, _KIND.pack(DONE))
+        self._above = {}
+        if not self._waiting:
+            self.session += 1
+            net.stop()
+
+    def _arm(self, net: Net, key: Any) -> None:
+        rate = 1.0 if key == _GRADIENT else self._above[key]
+        if rate > 0:
+            net.after(self._draw.exponential(1 / rate), key)
+
+    def _time(self, net: Net) -> float:
+        """This node's clock: real time, set forward where a neighbour's clock was ahead, and always after its
+        last event."""
+        time = net.now + self._ahead
+        if time <= self.node.time:
+            self._ahead = self.node.time - net.now
+            time = math.nextafter(self.node.time, math.inf)
+        return time
+
+    def _check_patience(self, net: Net) -> None:
+        if self._busy is not None and net.now - self._busy[3] > self.patience:
+            raise TimeoutError(
+                f"node {self._busy[1]} has not answered node {self.rank} for {self.patience:g} units of time"
+            )
+
+    def _vector(self, payload: Payload, offset: int) -> np.ndarray:
+        vector = np.frombuffer(payload, self.node.x.dtype, offset=offset)
+        if vector.shape != self.node.x.shape:
+            raise ValueError(f"a message must hold {len(self.node.x)} numbers; got {len(vector)}")
+        return vector
+
+    # Between sessions.
+
+    def state_dict(self) -> dict[str, Any]:
+        """The node's state; all members', taken when all have stopped, belong together.
+
+        Raises RuntimeError in the middle of an averaging, of which the neighbour may have done its half.
+        """
+        if getattr(self, "_busy", None) is not None:
+            raise RuntimeError(f"node {self.rank} is in the middle of an averaging; wait until it has stopped")
+        return {
+            "rank": self.rank,
+            "members": self.rates.n,
+            "state": self._state.clone(),
+            "average": self._average.clone() if self._average is not None else None,
+            "counts": (self.node.time, self.node.events, self.node.gradients),
+            "session": self.session,
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue from `state_dict` in a new session. Raises ValueError for another node's state, one of
+        another number of members (z is shared out among them) or another size."""
+        for name, ours in (("rank", self.rank), ("members", self.rates.n)):
+            if state[name] != ours:
+                raise ValueError(f"the state is of {name} {state[name]}; here it is {ours}")
+        if state["state"].shape != self._state.shape or (state["average"] is None) != (self._average is None):
+            raise ValueError(
+                f"the state must be of shape {tuple(self._state.shape)}, with averages in both or in neither; "
+                f"got {tuple(state['state'].shape)}"
+            )
+        self._state.copy_(state["state"])
+        if self._average is not None:
+            self._average.copy_(state["average"])
+        time, events, gradients = state["counts"]
+        self.node.time, self.node.events, self.node.gradients = float(time), int(events), int(gradients)
+        self.session = int(state["session"])
+
+
+def merged(logs: Sequence[Sequence[Entry]]) -> list[Event]:
+    """The members' logs, in the order of their ranks, as one list of events for `DADAO.step`.
+
+    Raises ValueError if two members do not tell the same of an averaging, or one's times do not increase.
+    """
+    events: list[Event] = []
+    told: dict[Event, int] = {}
+    for rank, log in enumerate(logs):
+        last = -math.inf
+        for time, kind, peer in log:
+            if time <= last:
+                raise ValueError(f"node {rank}: an event at {time} follows one at {last}")
+            last = time
+            if kind == "grad":
+                events.append(Event(time, rank))
+            else:
+                event = Event(time, min(rank, peer), max(rank, peer))
+                told[event] = told.get(event, 0) + 1
+    for event, times in told.items():
+        if times != 2:
+            raise ValueError(f"nodes {event.i} and {event.j} do not both tell of {event}")
+    return sorted([*events, *told])

@@ -1,0 +1,44 @@
+"""Sequential gradient coding (arXiv:2211.13802), in the order of the paper.
+
+`codes`     gradient codes: what a worker sends, and the weights that decode       Sec. 3.1, GC
+`schemes`   uncoded, GC, SR-SGC, M-SGC: tasks, straggler models, when a job is done  Sec. 3.1 to 3.3
+`clock`     the round protocol, delays, a clock for any number of workers            Sec. 4
+`choice`    parameters from a probe                                                  Sec. 4
+`learners`  the models in training, and the gradient of a chunk
+`clusters`  workers simulated here, or real processes
+`training`  the master's run
+"""
+
+from cograd.machines.gradient_coding.choice import Choice, fit_slope, select
+from cograd.machines.gradient_coding.clock import GilbertElliott, Timeline, Trace, run_clock
+from cograd.machines.gradient_coding.clusters import MailboxCluster, SimulatedCluster, serve
+from cograd.machines.gradient_coding.codes import CyclicGC, CyclicMDS, NotDecodable, RepetitionGC
+from cograd.machines.gradient_coding.learners import Bench, Learner
+from cograd.machines.gradient_coding.schemes import GC, MSGC, SRSGC, DeadlineMissed, MiniTask, Uncoded
+from cograd.machines.gradient_coding.training import GradientCoding
+
+__all__ = [
+    "GC",
+    "MSGC",
+    "SRSGC",
+    "Bench",
+    "Choice",
+    "CyclicGC",
+    "CyclicMDS",
+    "DeadlineMissed",
+    "GilbertElliott",
+    "GradientCoding",
+    "Learner",
+    "MailboxCluster",
+    "MiniTask",
+    "NotDecodable",
+    "RepetitionGC",
+    "SimulatedCluster",
+    "Timeline",
+    "Trace",
+    "Uncoded",
+    "fit_slope",
+    "run_clock",
+    "select",
+    "serve",
+]

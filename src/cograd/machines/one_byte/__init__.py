@@ -1,0 +1,29 @@
+"""Just One Byte (arXiv:2306.10015): fine-tuning over a network at one byte a gradient estimate.
+
+- `codes`: the byte, and the codes it is compared with;
+- `noise`: directions that every machine draws again, and the two halves of a step as functions;
+- `log`: the run as its bytes: replay, repair, shipping;
+- `optimizer`: `OneByte`, a round of a group of machines, and `LocalPeers`, all of them in one process;
+- `agreement`: which machines' bytes a round uses when machines come, go and fail, as messages in and out;
+- `group`: the same on sockets.
+"""
+
+from cograd.machines.one_byte.agreement import Dropped, Refused
+from cograd.machines.one_byte.codes import LinearByte, LogByte, LogNibble
+from cograd.machines.one_byte.group import Group
+from cograd.machines.one_byte.log import Log, LogError
+from cograd.machines.one_byte.optimizer import Info, LocalPeers, OneByte
+
+__all__ = [
+    "Dropped",
+    "Group",
+    "Info",
+    "LinearByte",
+    "LocalPeers",
+    "Log",
+    "LogByte",
+    "LogError",
+    "LogNibble",
+    "OneByte",
+    "Refused",
+]

@@ -1,0 +1,820 @@
+"""DIFF2 against DP-GD: the rate on a known function, a small regression, and the Adult census.
+
+Both methods are the same code with and without difference rounds, at the same epsilon, under the same noise a
+seed, each at its own best setting of one grid (rounds, step size, clipping norms, and for DIFF2 the restart
+interval), chosen on pilot seeds. Many settings run side by side (`_diff2_runs`); `Diff2` itself replays one
+run of each problem with clipping, and runs the local routine.
+"""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import pairwise, product
+from pathlib import Path
+from statistics import mean
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from cograd import data
+from cograd.core.claim import Claim, Curve, Row
+from cograd.core.streams import seed_for, stream
+from cograd.machines.diff2 import BVRLocalSGD, Diff2, Diff2Plan, GDRoutine
+from cograd.machines.diff2.accounting import rho_of
+from cograd.papers._diff2_runs import (
+    Problem,
+    Regression,
+    Softplus,
+    Trace,
+    Valley,
+    descend,
+    noise_of_diff2,
+    stream_noise,
+)
+from cograd.papers._paper import Findings, Paper
+
+if TYPE_CHECKING:
+    from cograd.papers._lab import Cell, Lab, Record, Report
+
+DELTA = 1e-5
+PILOT_SEEDS = (100, 101, 102)
+DP_GD, METHOD, LOCAL, UNSTABLE = "DP-GD", "DIFF2", "DIFF2, BVR-L-SGD", "DIFF2, unstable"
+PER_MESSAGE = {DP_GD: "DP-GD, per message", METHOD: "DIFF2, per message"}
+FRACTIONS = {10: "DIFF2, T = R/10", 3: "DIFF2, T = R/3", 1: "DIFF2, T = R"}
+
+# What is varied. A setting: rounds, restart interval, step size, clip, diff_clip.
+
+Setting = tuple[int, int, float, float, float]
+
+
+@dataclass(frozen=True)
+class Grid:
+    """Settings that both methods are tuned over; DP-GD has no restart interval and no diff_clip."""
+
+    rounds: Sequence[int]
+    lrs: Sequence[float]
+    clips: Sequence[float]
+    diff_clips: Sequence[float]
+    parts: Sequence[int] = (10, 3, 1)
+    """Of the rounds, of which the restart interval is one."""
+
+    def settings(self, system: str) -> list[Setting]:
+        if system in (DP_GD, PER_MESSAGE[DP_GD]):
+            return [(r, 1, lr, c, c) for r, lr, c in product(self.rounds, self.lrs, self.clips)]
+        found = product(self.rounds, self.parts, self.lrs, self.clips, self.diff_clips)
+        return [(r, max(2, r // part), lr, c, d) for r, part, lr, c, d in found]
+
+
+SIZES, BOUNDS, DIMENSION = (3_000, 10_000, 30_000, 100_000), (20.0, 5.0), 50
+ROUNDS = (10, 30, 100, 300, 1000, 3000)
+WIDTHS, EPSILONS = (3.0, 10.0), (3.0, 1.0)
+REGRESSION = Grid((10, 30, 100, 300), (0.1, 0.3, 1.0), (2.0, 5.0, 10.0, 20.0), (3.0, 6.0, 12.0))
+ADULT_EPSILONS, ADULT_WORKERS, ADULT_TRAIN = (3.0, 5.0), 10, 26_040
+ADULT = Grid((50, 150, 500), (0.1, 0.3, 1.0), (1.0, 3.0, 5.0), (3.0, 10.0, 30.0), (30, 10, 3, 1))
+LOCAL_GRID = tuple(product((10, 30), (4, 16), (0.1, 0.3, 1.0)))  # rounds, local steps, step size
+BATCH = 128
+
+
+def rate_grid(bound: float, rounds: Sequence[int] = ROUNDS) -> Grid:
+    """Of the valley, where the clips are the known constants G and L = 1."""
+    return Grid(rounds, (0.1, 0.3, 1.0), (bound,), (1.0,))
+
+
+# What one cell computes: some settings of one problem, system and seed.
+
+
+@dataclass(frozen=True)
+class Task:
+    """A problem, the sizes of its workers and its budget."""
+
+    problem: Problem
+    records: Sequence[int]
+    epsilon: float
+    release: str = "aggregate"
+
+    def plan(self, setting: Setting, seed: int = 0) -> Diff2Plan:
+        rounds, every, lr, clip, diff_clip = setting
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # the card's delta is 1e-5 for every n, 1e5 included
+            return Diff2Plan(
+                rounds=rounds,
+                restart_every=every,
+                epsilon=self.epsilon,
+                delta=DELTA,
+                clip=clip,
+                diff_clip=diff_clip,
+                records=self.records,
+                routine=GDRoutine(lr),
+                release=self.release,  # type: ignore[arg-type]  # one of the two
+                seed=seed,
+            )
+
+
+def task_of(cell: Cell) -> Task:
+    seed, part = cell["seed"], cell["part"]
+    if part == "rate":
+        workers = 10 if cell["system"] in PER_MESSAGE.values() else 1
+        release = "message" if workers > 1 else "aggregate"
+        centre = stream(seed, "centre").normal(DIMENSION)
+        return Task(Valley(centre), [cell["n"] // workers] * workers, 3.0, release)
+    if part == "regression":
+        features, targets = regression(seed, cell["width"])
+        return Task(Regression(features, targets), [1000] * 4, cell["epsilon"])
+    return Task(
+        adult(seed, cell.get("share", 1)), [ADULT_TRAIN // ADULT_WORKERS] * ADULT_WORKERS, cell["epsilon"]
+    )
+
+
+def regression(seed: int, width: float) -> tuple[Tensor, Tensor]:
+    """4000 records of six standard normal features; a truth of norm 1, uniform noise of +- ``width``."""
+    draw = stream(seed, "regression")
+    features, truth = draw.normal(4000, 6), draw.normal(6)
+    return features, features @ (truth / truth.norm()) + width * (2 * draw.uniform(4000) - 1)
+
+
+def network(seed: int, width: int) -> nn.Sequential:
+    torch.manual_seed(seed_for(seed, "init"))
+    return nn.Sequential(nn.Linear(width, 10), nn.Softplus(), nn.Linear(10, 1))
+
+
+def adult(seed: int, share: int = 1) -> Softplus:
+    """80 % of Adult for training, the rest for tests. Tuning sees one record in ``share`` of both, with the
+    noise that is right for all of them."""
+    table = data.load("adult")
+    order, labels = stream(seed, "split").permutation(len(table.y)), table.y.float()
+    train, test = order[:ADULT_TRAIN:share], order[ADULT_TRAIN::share]
+    weights = network(seed, table.x.shape[1]).parameters()
+    return Softplus(
+        table.x[train],
+        labels[train],
+        table.x[test],
+        labels[test],
+        nn.utils.parameters_to_vector(weights).detach(),
+    )
+
+
+def compute(cell: Cell, report: Report) -> Record:
+    """Mean and last squared gradient norm, and last losses, of every setting of the cell."""
+    if cell["part"] in ("replay", "local"):
+        return {"replay": replay, "local": local}[cell["part"]](cell)
+    task, settings = task_of(cell), [tuple(s) for s in cell["settings"]]
+    numel = len(task.problem.start)
+    noise = stream_noise(numel, cell["seed"], "diff2 runs")
+    found: dict[int, Record] = {}
+    for rounds in sorted({s[0] for s in settings}):
+        report(f"{rounds} rounds")
+        places = [i for i, s in enumerate(settings) if s[0] == rounds]
+        for batch in (places[i : i + cell["batch"]] for i in range(0, len(places), cell["batch"])):
+            plans = [task.plan(settings[i]) for i in batch]
+            trace = descend(task.problem, plans, noise, cell["looks"])
+            found |= {i: _summary(trace, row) for row, i in enumerate(batch)}
+    return {"runs": [found[i] for i in range(len(settings))]}
+
+
+def _summary(trace: Trace, row: int) -> Record:
+    """Of one run. Numbers that are not finite become 1e30, as JSON and a minimum can take them."""
+    square = trace.square[row].nan_to_num(1e30, 1e30)
+    losses = {name: values[row].nan_to_num(1e30, 1e30) for name, values in trace.losses.items()}
+    last = {name: float(values[-1]) for name, values in losses.items()}
+    history = {"at": trace.at, "squares": square.tolist(), "losses": losses["loss"].tolist()}
+    return {"mean": float(square.mean()), "last": float(square[-1]), **last, **history}
+
+
+def replay(cell: Cell) -> Record:
+    """`Diff2` with per-record gradients by torch.func, against the same run among those side by side."""
+    seed, setting = cell["seed"], tuple(cell["setting"])
+    task = task_of({**cell, "part": cell["of"]})
+    features, targets = task.problem.features, task.problem.targets  # type: ignore[attr-defined]
+    model: nn.Module = nn.Linear(6, 1, bias=False) if cell["of"] == "regression" else network(seed, 105)
+    with torch.no_grad():
+        nn.utils.vector_to_parameters(task.problem.start, model.parameters())
+    plan = task.plan(setting, seed)
+    size = plan.records[0]
+    workers = [(features[i : i + size], targets[i : i + size]) for i in range(0, len(targets), size)]
+    diff2 = Diff2(model, squared, workers, plan)
+    for _ in range(plan.rounds):
+        diff2.step()
+    noise = noise_of_diff2(plan, diff2.space.numel)
+    trace = descend(task.problem, [plan], noise, looks=1)
+    moved = float((trace.x[0] - task.problem.start).norm())
+    itemsize = diff2.x.element_size()
+    return {
+        "far": float((trace.x[0] - diff2.x).norm()) / moved,
+        "bytes": diff2.ledger.sent() / (2 * plan.rounds * plan.workers * diff2.space.numel * itemsize),
+        "epsilon": diff2.spent().epsilon(),
+    }
+
+
+def squared(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
+    return torch.square(model(x).squeeze(-1) - y) / 2
+
+
+def local(cell: Cell) -> Record:
+    """BVR-L-SGD by `Diff2` on the regression, for the settings (rounds, local steps, step size) of the cell."""
+    features, targets = regression(cell["seed"], cell["width"])
+    workers = [(features[i : i + 1000], targets[i : i + 1000]) for i in range(0, 4000, 1000)]
+    runs = []
+    for rounds, steps, lr in cell["settings"]:
+        model = nn.Linear(6, 1, bias=False)
+        nn.init.zeros_(model.weight)
+        plan = Diff2Plan(
+            rounds=rounds,
+            restart_every=max(2, rounds // 3),
+            epsilon=cell["epsilon"],
+            delta=DELTA,
+            clip=cell["clip"],
+            diff_clip=cell["diff_clip"],
+            records=[1000] * 4,
+            routine=BVRLocalSGD(lr, BATCH, steps, cell["diff_clip"]),
+            release="aggregate",
+            seed=cell["seed"],
+        )
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # a grid holds unstable plans, too
+            diff2 = Diff2(model, squared, workers, plan)
+        squares = []
+        for _ in range(rounds):
+            diff2.step()
+            squares.append(_square(features, targets, diff2.x))
+        work = sum(diff2.ledger.worked("grad", w) for w in range(4)) / 4000
+        runs.append({"mean": mean(squares), "last": squares[-1], "work": work, "bytes": diff2.ledger.sent()})
+    return {"runs": runs}
+
+
+def _square(features: Tensor, targets: Tensor, w: Tensor) -> float:
+    value = float(((features @ w - targets) @ features / len(targets)).square().sum())
+    return value if math.isfinite(value) else 1e30
+
+
+# What runs when: pilots choose settings, recorded seeds are run with the chosen ones.
+
+
+class Study:
+    """Pilots, choices and recorded runs, by (problem, system, criterion)."""
+
+    def __init__(self, lab: Lab, pilots: Sequence[int]) -> None:
+        self.lab, self.pilots = lab, pilots
+        self.means: dict[tuple[str, str, str], dict[Any, float]] = {}
+        self.chosen: dict[tuple[str, str, str], Any] = {}
+        self.runs: dict[tuple[str, str, str], list[Record]] = {}
+
+    def tune(
+        self,
+        name: str,
+        systems: Mapping[str, Sequence[Any]],
+        criteria: Sequence[str],
+        cell: Mapping[str, Any],
+        pilot: Mapping[str, Any] | None = None,
+    ) -> None:
+        """Choose each system's setting by each criterion, its mean over the pilot seeds, and run the recorded
+        seeds with it. ``pilot`` is what pilot cells have besides."""
+        for system, settings in systems.items():
+            extra = {**cell, **(pilot or {}), "settings": list(settings)}
+            records = self.lab.map([{"system": system, "seed": s, **extra} for s in self.pilots], compute)
+            for criterion in criteria:
+                scores = zip(*([run[criterion] for run in r["runs"]] for r in records), strict=True)
+                means = dict(zip(settings, map(mean, scores), strict=True))
+                self.means[name, system, criterion] = means
+                self.chosen[name, system, criterion] = min(means, key=means.__getitem__)
+            self.record(name, system, criteria, cell)
+
+    def record(self, name: str, system: str, criteria: Sequence[str], cell: Mapping[str, Any]) -> None:
+        """Run the recorded seeds with what is chosen for the criteria."""
+        settings = [self.chosen[name, system, criterion] for criterion in criteria]
+        todo = [{"system": system, "seed": s, **cell, "settings": settings} for s in self.lab.seeds]
+        records = self.lab.map(todo, compute)
+        for index, criterion in enumerate(criteria):
+            self.runs[name, system, criterion] = [record["runs"][index] for record in records]
+
+    def values(self, name: str, system: str, metric: str, criterion: str | None = None) -> list[float]:
+        """A number a seed, of the runs at the best setting for the criterion (default: that metric)."""
+        return [float(run[metric]) for run in self.runs[name, system, criterion or metric]]
+
+    def ratios(
+        self,
+        name: str,
+        metric: str,
+        criterion: str | None = None,
+        systems: tuple[str, str] = (DP_GD, METHOD),
+    ) -> list[float]:
+        """The first system's number over the second's, seed by seed."""
+        over, under = (self.values(name, system, metric, criterion) for system in systems)
+        return [a / b for a, b in zip(over, under, strict=True)]
+
+
+def run(lab: Lab) -> Findings:
+    """``full``: all three problems. Otherwise the rate alone, for two n, up to 300 rounds, one pilot seed."""
+    claims, full = _privacy_claims(), lab.scale == "full"
+    study = Study(lab, PILOT_SEEDS if full else PILOT_SEEDS[:1])
+    sizes, bounds = (SIZES, BOUNDS) if full else ((10_000, 100_000), BOUNDS[:1])
+    _rates(study, sizes, bounds, ROUNDS if full else ROUNDS[:4])
+    replays = _replays(lab, ("regression", "adult") if full else ("regression",))
+    if full:
+        _ablations(study)
+        _regressions(study)
+        _adults(study)
+        claims += _rate_claims(study)
+    claims += _rate_reports(study, sizes, bounds)
+    if full:
+        claims += (
+            _ablation_claims(study) + _regression_claims(study) + _local_claims(study) + _adult_claims(study)
+        )
+    claims += _replay_claims(replays)
+    table, curves = _rate_table(study, sizes, bounds), _rate_curves(study, sizes, bounds)
+    if full:
+        table, curves = table + _other_tables(study), curves + _adult_curves(study)
+    return Findings(claims, table, curves)
+
+
+def rate_name(n: int, bound: float) -> str:
+    return f"n = {n:,}, G = {bound:g}"
+
+
+def regression_name(width: float, epsilon: float) -> str:
+    return f"regression, noise {width:g}, epsilon {epsilon:g}"
+
+
+def adult_name(epsilon: float) -> str:
+    return f"Adult, epsilon {epsilon:g}"
+
+
+def _rates(study: Study, sizes: Sequence[int], bounds: Sequence[float], rounds: Sequence[int]) -> None:
+    for n, bound in product(sizes, bounds):
+        grid = rate_grid(bound, rounds)
+        systems = {system: grid.settings(system) for system in (DP_GD, METHOD)}
+        study.tune(rate_name(n, bound), systems, ("mean",), _rate_cell(n))
+
+
+def _rate_cell(n: int) -> dict[str, Any]:
+    return {"part": "rate", "n": n, "batch": 64, "looks": 3000}
+
+
+LARGEST = (SIZES[-1], BOUNDS[0])
+
+
+def _ablations(study: Study) -> None:
+    """On the largest n: what the restart interval does, what release by message costs, an unstable plan."""
+    n, bound = LARGEST
+    name = rate_name(n, bound)
+    means = study.means[name, METHOD, "mean"]
+    for part, system in FRACTIONS.items():
+        among = {s: m for s, m in means.items() if s[1] == max(2, s[0] // part)}
+        study.chosen[name, system, "mean"] = min(among, key=among.__getitem__)
+        study.record(name, system, ("mean",), _rate_cell(n))
+    systems = {PER_MESSAGE[s]: rate_grid(bound).settings(PER_MESSAGE[s]) for s in (DP_GD, METHOD)}
+    study.tune(name, systems, ("mean",), _rate_cell(n))
+    for lr in (1.0, 0.03):
+        study.chosen[f"lr {lr:g}", UNSTABLE, "mean"] = (1000, 1000, lr, bound, 1.0)
+        study.record(f"lr {lr:g}", UNSTABLE, ("mean",), _rate_cell(1000))
+
+
+def _regressions(study: Study) -> None:
+    for width, epsilon in product(WIDTHS, EPSILONS):
+        systems = {system: REGRESSION.settings(system) for system in (DP_GD, METHOD)}
+        cell = {"part": "regression", "width": width, "epsilon": epsilon, "batch": 48, "looks": 300}
+        study.tune(regression_name(width, epsilon), systems, ("mean", "loss", "last"), cell)
+    name = regression_name(WIDTHS[0], EPSILONS[0])
+    _, _, _, clip, diff_clip = study.chosen[name, METHOD, "last"]
+    cell = {"part": "local", "width": WIDTHS[0], "epsilon": EPSILONS[0], "clip": clip, "diff_clip": diff_clip}
+    study.tune(name, {LOCAL: LOCAL_GRID}, ("last",), cell)
+
+
+def _adults(study: Study) -> None:
+    for epsilon in ADULT_EPSILONS:
+        systems = {system: ADULT.settings(system) for system in (DP_GD, METHOD)}
+        cell = {"part": "adult", "epsilon": epsilon, "batch": 16, "looks": 25}
+        study.tune(adult_name(epsilon), systems, ("loss", "mean"), cell, {"share": 16})
+
+
+def _replays(lab: Lab, problems: Sequence[str]) -> list[Record]:
+    """The first seed's, with both kinds of rounds, and clips that some records exceed."""
+    of: dict[str, dict[str, Any]] = {
+        "regression": {"width": WIDTHS[0], "setting": [30, 10, 0.3, 5.0, 6.0]},
+        "adult": {"setting": [4, 2, 0.3, 0.5, 1.0]},
+    }
+    cells = [
+        {"system": "Diff2", "seed": lab.seeds[0], "part": "replay", "of": p, "epsilon": 3.0, **of[p]}
+        for p in problems
+    ]
+    return lab.map(cells, compute)
+
+
+# Claims.
+
+SOURCE = "arXiv:2302.03884"
+BEFOREHAND = "set before the recorded run, from a pilot on other seeds"
+
+
+def _privacy_claims() -> list[Claim]:
+    """Arithmetic, first, so that a missing accountant is missed at once."""
+    claims = []
+    for epsilon, rho in ((3.0, 0.17348), (5.0, 0.44962)):
+        plan = Task(Valley(torch.zeros(1)), [SIZES[0]], epsilon).plan((300, 100, 0.1, 1.0, 1.0))
+        spent = plan.spent()
+        claims += [
+            Claim(
+                id=f"privacy.zcdp.{epsilon:g}",
+                text=f"epsilon {epsilon:g}: dp-accounting's Renyi divergences of the releases give the same",
+                source="zCDP composition of K_1 restarts and K_2 differences",
+                kind="exact",
+                values=[abs(spent.second_opinion("zcdp") - epsilon)],
+                op="<=",
+                threshold=1e-2,
+                threshold_source="the accountant's grid of orders",
+                unit="of epsilon",
+            ),
+            Claim(
+                id=f"privacy.pld.{epsilon:g}",
+                text=f"epsilon {epsilon:g}: by dp-accounting's privacy loss distributions it is no more",
+                source="zCDP is an upper bound",
+                kind="exact",
+                values=[spent.second_opinion("pld")],
+                op="<=",
+                threshold=epsilon,
+                threshold_source="the plan's epsilon",
+                unit="epsilon",
+            ),
+            Claim(
+                id=f"privacy.rho.{epsilon:g}",
+                text=f"epsilon {epsilon:g} at delta 1e-5 is a zCDP budget of {rho}",
+                source="inverse of epsilon = rho + 2 sqrt(rho ln(1/delta))",
+                kind="exact",
+                values=[round(rho_of(epsilon, DELTA), 5)],
+                op="==",
+                threshold=rho,
+                threshold_source="closed form",
+            ),
+        ]
+    return claims
+
+
+def exponents(study: Study, system: str, bound: float, sizes: Sequence[int]) -> list[float]:
+    """Slope of log mean squared gradient norm in log n, a seed."""
+    columns = zip(*(study.values(rate_name(n, bound), system, "mean") for n in sizes), strict=True)
+    return [_slope([math.log(n) for n in sizes], [math.log(y) for y in ys]) for ys in columns]
+
+
+def _slope(x: Sequence[float], y: Sequence[float]) -> float:
+    mx, my = mean(x), mean(y)
+    covariance = sum((a - mx) * (b - my) for a, b in zip(x, y, strict=True))
+    return covariance / sum((a - mx) ** 2 for a in x)
+
+
+def _rate_claims(study: Study) -> list[Claim]:
+    n, bound = LARGEST
+    fits = [exponents(study, system, bound, SIZES) for system in (METHOD, DP_GD)]
+    growth = zip(*(study.ratios(rate_name(m, bound), "mean") for m in SIZES), strict=True)
+    return [
+        Claim(
+            id="rate.exponent",
+            text="G = 20: exponent of DIFF2's squared gradient norm in n less that of DP-GD's",
+            source=f"{SOURCE}, abstract: -4/3 against -1",
+            kind="measured",
+            values=[a - b for a, b in zip(*fits, strict=True)],
+            op="<=",
+            threshold=-0.2,
+            threshold_source=BEFOREHAND,
+            paper_value=-1 / 3,
+        ),
+        Claim(
+            id="rate.ratio",
+            text=f"{rate_name(n, bound)}: DP-GD's mean squared gradient norm is at least 3 times DIFF2's",
+            source=f"{SOURCE}, abstract",
+            kind="measured",
+            values=study.ratios(rate_name(n, bound), "mean"),
+            op=">=",
+            threshold=3.0,
+            threshold_source=BEFOREHAND,
+            unit="x",
+        ),
+        Claim(
+            id="rate.growing",
+            text="G = 20: that ratio grows with n (the smallest step between neighbouring n)",
+            source=f"{SOURCE}, abstract",
+            kind="measured",
+            values=[min(b - a for a, b in pairwise(r)) for r in growth],
+            op=">=",
+            threshold=0.0,
+            threshold_source="growing",
+            unit="x",
+        ),
+    ]
+
+
+def _rate_reports(study: Study, sizes: Sequence[int], bounds: Sequence[float]) -> list[Claim]:
+    theory = {DP_GD: -1.0, METHOD: -4 / 3}
+    fits = [
+        Claim(
+            id=f"rate.fit.{'dp-gd' if system == DP_GD else 'diff2'}-{bound:g}",
+            text=f"G = {bound:g}: exponent of {system}'s mean squared gradient norm in n",
+            source=f"{SOURCE}, abstract",
+            kind="measured",
+            values=exponents(study, system, bound, sizes),
+            paper_value=theory[system],
+        )
+        for bound, system in product(bounds, (DP_GD, METHOD))
+    ]
+    ratios = [
+        Claim(
+            id=f"rate.ratio.{n}-{bound:g}",
+            text=f"{rate_name(n, bound)}: DP-GD's mean squared gradient norm over DIFF2's",
+            source=f"{SOURCE}, abstract",
+            kind="measured",
+            values=study.ratios(rate_name(n, bound), "mean"),
+            unit="x",
+        )
+        for bound, n in product(bounds, sizes)
+        if (n, bound) != LARGEST or len(sizes) < len(SIZES)
+    ]
+    return fits + ratios
+
+
+def _ablation_claims(study: Study) -> list[Claim]:
+    name = rate_name(*LARGEST)
+    plan = Task(Valley(torch.zeros(DIMENSION)), [1000], 3.0).plan((1000, 1000, 1.0, BOUNDS[0], 1.0))
+    start = [
+        float(Valley(stream(s, "centre").normal(DIMENSION)).losses(torch.zeros(1, DIMENSION))["loss"])
+        for s in study.lab.seeds
+    ]
+    ends = study.values("lr 1", UNSTABLE, "loss", "mean")
+    return [
+        Claim(
+            id="ablation.message",
+            text=f"{name}: DIFF2's squared gradient norm, released by message (10 workers), over aggregate",
+            source="noise sqrt(P) as large",
+            kind="measured",
+            values=[
+                a / b
+                for a, b in zip(
+                    study.values(name, PER_MESSAGE[METHOD], "mean"),
+                    study.values(name, METHOD, "mean"),
+                    strict=True,
+                )
+            ],
+            unit="x",
+        ),
+        Claim(
+            id="ablation.unstable",
+            text=(
+                f"n = 1000, R = T = 1000, lr 1, where T d (lr sigma_2)^2 = {plan.stability(DIMENSION):.0f}: "
+                "the loss ends above where it began"
+            ),
+            source="second moment of v grows by 1 + d (lr sigma_2)^2 a round",
+            kind="measured",
+            values=[end / begin for end, begin in zip(ends, start, strict=True)],
+            op=">=",
+            threshold=1.0,
+            threshold_source="the iterate escapes",
+            unit="of the first loss",
+        ),
+    ]
+
+
+def _regression_claims(study: Study) -> list[Claim]:
+    claims = []
+    for width, epsilon in product(WIDTHS, EPSILONS):
+        name, main = regression_name(width, epsilon), (width, epsilon) == (WIDTHS[0], EPSILONS[0])
+        claims.append(
+            Claim(
+                id=f"regression.gradient.{width:g}-{epsilon:g}",
+                text=f"{name}: DP-GD's mean squared gradient norm over DIFF2's"
+                + (", at least 1.5" if main else ""),
+                source=f"{SOURCE}, experiments",
+                kind="measured",
+                values=study.ratios(name, "mean"),
+                op=">=" if main else None,
+                threshold=1.5 if main else None,
+                threshold_source=BEFOREHAND if main else None,
+                unit="x",
+            )
+        )
+        claims.append(
+            Claim(
+                id=f"regression.loss.{width:g}-{epsilon:g}",
+                text=f"{name}: DP-GD's last loss above the minimum over DIFF2's",
+                source=f"{SOURCE}, experiments",
+                kind="measured",
+                values=study.ratios(name, "loss"),
+                unit="x",
+            )
+        )
+    return claims
+
+
+def _local_claims(study: Study) -> list[Claim]:
+    """BVR-L-SGD against GD as DIFF2's routine, each at its best setting for the last iterate."""
+    name, routines = regression_name(WIDTHS[0], EPSILONS[0]), (LOCAL, METHOD)
+    rounds, every, *_ = study.chosen[name, METHOD, "last"]
+    restarts = -(-rounds // every)
+    evaluations, sent = 2 * rounds - restarts, 2 * rounds * 4 * 6 * 4
+    share = {
+        "gradient": study.ratios(name, "last", systems=routines),
+        "evaluations": [w / evaluations for w in study.values(name, LOCAL, "work", "last")],
+        "bytes": [b / sent for b in study.values(name, LOCAL, "bytes", "last")],
+    }
+    texts = {
+        "gradient": "last squared gradient norm",
+        "evaluations": "gradient evaluations",
+        "bytes": "bytes",
+    }
+    return [
+        Claim(
+            id=f"local.{key}",
+            text=f"{name}: {texts[key]} with BVR-L-SGD over those with GD as routine",
+            source=f"{SOURCE}, abstract: the same utility with less communication and computation",
+            kind="measured",
+            values=share[key],
+            unit="x",
+        )
+        for key in texts
+    ]
+
+
+def _adult_claims(study: Study) -> list[Claim]:
+    metrics = {
+        "loss": ("training loss", "loss", "loss"),
+        "gradient": ("mean squared gradient norm", "mean", "mean"),
+        "test": ("test loss", "test loss", "loss"),
+    }
+    return [
+        Claim(
+            id=f"adult.{key}.{epsilon:g}",
+            text=f"{adult_name(epsilon)}: DP-GD's {text} is at least DIFF2's",
+            source=f"{SOURCE}, figures (other data sets)",
+            kind="measured",
+            values=study.ratios(adult_name(epsilon), metric, criterion),
+            op=">=",
+            threshold=1.0,
+            threshold_source="the paper's figures have DIFF2 below DP-GD",
+            unit="x",
+        )
+        for epsilon, (key, (text, metric, criterion)) in product(ADULT_EPSILONS, metrics.items())
+    ]
+
+
+def _replay_claims(replays: Sequence[Record]) -> list[Claim]:
+    return [
+        Claim(
+            id="replay",
+            text="The runs side by side are Diff2's: its iterate after a replayed run, over the way it went",
+            source="the same recursion and noise, per-record gradients by torch.func",
+            kind="measured",
+            values=[max(r["far"] for r in replays)],
+            op="<=",
+            threshold=1e-4,
+            threshold_source="float32 rounding",
+        ),
+        Claim(
+            id="bytes",
+            text="Diff2 sends 2 R P d values: bytes counted over that",
+            source="a vector down and up a worker and round",
+            kind="measured",
+            values=[r["bytes"] for r in replays],
+            op="==",
+            threshold=1.0,
+            threshold_source="2 R P d itemsize",
+        ),
+        Claim(
+            id="budget",
+            text="What a replayed run has spent is the plan's epsilon, 3",
+            source="accounting round by round",
+            kind="measured",
+            values=[abs(r["epsilon"] - 3.0) for r in replays],
+            op="<=",
+            threshold=1e-6,
+            threshold_source="the plan's epsilon",
+            unit="of epsilon",
+        ),
+    ]
+
+
+# Tables and curves.
+
+
+def _rate_table(study: Study, sizes: Sequence[int], bounds: Sequence[float]) -> list[Row]:
+    return [
+        Row(
+            system,
+            rate_name(n, bound),
+            "squared gradient norm",
+            study.values(rate_name(n, bound), system, "mean"),
+        )
+        for bound, n, system in product(bounds, sizes, (DP_GD, METHOD))
+    ]
+
+
+def _other_tables(study: Study) -> list[Row]:
+    largest = rate_name(*LARGEST)
+    rows = [
+        Row(system, largest, "squared gradient norm", study.values(largest, system, "mean"))
+        for system in (*FRACTIONS.values(), *PER_MESSAGE.values())
+    ]
+    for width, epsilon in product(WIDTHS, EPSILONS):
+        name = regression_name(width, epsilon)
+        rows += [Row(s, name, "squared gradient norm", study.values(name, s, "mean")) for s in (DP_GD, METHOD)]
+    name = regression_name(WIDTHS[0], EPSILONS[0])
+    rows += [
+        Row(s, f"{name}, last", "squared gradient norm", study.values(name, s, "last"))
+        for s in (DP_GD, METHOD, LOCAL)
+    ]
+    for epsilon, system in product(ADULT_EPSILONS, (DP_GD, METHOD)):
+        name = adult_name(epsilon)
+        rows += [
+            Row(system, f"{name}: training loss", "", study.values(name, system, "loss")),
+            Row(system, f"{name}: test loss", "", study.values(name, system, "test loss", "loss")),
+            Row(system, f"{name}: mean gradient", "squared norm", study.values(name, system, "mean")),
+            Row(system, f"{name}: last gradient", "squared norm", study.values(name, system, "last", "mean")),
+        ]
+    return rows
+
+
+def _rate_curves(study: Study, sizes: Sequence[int], bounds: Sequence[float]) -> list[Curve]:
+    curves = []
+    for bound, system in product(bounds, (DP_GD, METHOD)):
+        columns = zip(*(study.values(rate_name(n, bound), system, "mean") for n in sizes), strict=True)
+        runs = [list(column) for column in columns]
+        curves.append(Curve(system, f"mean squared gradient norm, G = {bound:g}", "records", list(sizes), runs))
+    return curves
+
+
+def _adult_curves(study: Study) -> list[Curve]:
+    curves = []
+    for epsilon, system in product(ADULT_EPSILONS, (DP_GD, METHOD)):
+        runs = study.runs[adult_name(epsilon), system, "loss"]
+        losses = [run["losses"] for run in runs]
+        curves.append(Curve(system, f"training loss, epsilon {epsilon:g}", "round", runs[0]["at"], losses))
+    return curves
+
+
+# The picture, from the result alone.
+
+COLOURS = {DP_GD: "#d95f02", METHOD: "#1b6ca8"}
+
+
+def draw(result: dict[str, Any], path: Path) -> None:
+    """Gradient norm against n with fitted exponents, and Adult's training loss."""
+    from cograd.papers._plot import figure
+
+    curves = {(c["system"], c["metric"]): c for c in result["curves"]}
+    metrics = list(dict.fromkeys(metric for _, metric in curves))
+    rates, losses = [m for m in metrics if "G =" in m], [m for m in metrics if "loss" in m]
+    panels: list[list[str]] = [[m] for m in rates] + ([losses] if losses else [])
+    title = "DP-GD and DIFF2, each at its best setting, epsilon 3, delta 1e-5"
+    with figure(path, len(panels), title) as axes:
+        for ax, shown in zip(axes, panels, strict=True):
+            for metric, (system, colour) in product(shown, COLOURS.items()):
+                _panel(ax, curves[system, metric], system, colour, metric)
+            if shown == losses:
+                ax.set(yscale="log", xlabel="round", ylabel="training loss (Adult)")
+            else:
+                ax.set(xscale="log", yscale="log", xlabel="records n", ylabel=shown[0])
+            ax.legend(frameon=False)
+
+
+def _panel(ax: Any, curve: dict[str, Any], system: str, colour: str, metric: str) -> None:
+    if "G =" not in metric:
+        style = "-" if metric.endswith(f"epsilon {ADULT_EPSILONS[0]:g}") else "--"
+        ax.plot(curve["x"], curve["mean"], style, color=colour, label=f"{system}, {metric.split(', ')[1]}")
+        return
+    x, y = ([math.log(value) for value in curve[key]] for key in ("x", "mean"))
+    slope = _slope(x, y)
+    fit = [math.exp(mean(y) + slope * (value - mean(x))) for value in x]
+    ax.plot(curve["x"], curve["mean"], "o", color=colour)
+    ax.plot(curve["x"], fit, color=colour, label=f"{system}: $n^{{{slope:.2f}}}$")
+
+
+USAGE = """\
+import torch
+from cograd.machines import Diff2, Diff2Plan, GDRoutine
+
+workers = [(torch.randn(500, 8), torch.randn(500)) for _ in range(4)]  # the records of 4 parties
+model, loss = torch.nn.Linear(8, 1), lambda model, x, y: (model(x).squeeze(-1) - y).square()  # of one record
+plan = Diff2Plan(rounds=30, restart_every=10, epsilon=3.0, delta=1e-5, clip=1.0, diff_clip=5.0,
+                 records=[len(y) for _, y in workers], routine=GDRoutine(lr=0.05), release="aggregate")
+diff2 = Diff2(model, loss, workers, plan)  # one worker a process: [mine], transport=TorchDist()
+info = [diff2.step() for _ in range(plan.rounds)]
+print(diff2.spent().epsilon(), diff2.ledger.sent())
+"""
+
+PAPER = Paper(
+    slug="diff2",
+    title=(
+        "DIFF2: Differential Private Optimization via Gradient Differences for Nonconvex Distributed Learning"
+    ),
+    authors="Tomoya Murata, Taiji Suzuki",
+    arxiv="2302.03884",
+    venue="ICML 2023",
+    room="machines",
+    entry="cograd.machines.Diff2",
+    module=__name__,
+    summary="workers share noisy gradient differences, which need less noise for privacy than gradients",
+    usage=USAGE,
+    datasets=("adult",),
+    seeds=5,
+    run=run,
+    draw=draw,
+)
