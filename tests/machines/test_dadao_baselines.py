@@ -43,7 +43,7 @@ def test_msdas_rounds_on_a_star_are_the_root_of_n(n: int) -> None:
 @pytest.mark.parametrize("several", [False, True])
 def test_adom_plus_finds_the_optimum_and_counts_its_edges(graph: Graph, several: bool) -> None:
     method = ADOMPlus(PROBLEM.gradient, X0, graphs=graph, multi_consensus=several, **CONSTANTS)
-    steps = 300 if several else 200 + 60 * math.ceil(graph.condition)
+    steps = 300 if several else 300 + 100 * math.ceil(graph.condition)
     for _ in range(steps):
         method.step()
     assert error(method.x) < 1e-5 * error(X0)

@@ -116,6 +116,18 @@ def test_a_neighbour_that_does_not_answer_is_named() -> None:
         Virtual(nodes).run()
 
 
+def test_members_that_have_stopped_may_go_on() -> None:
+    nodes = [jobs.member(rank, "cycle", 8.0) for rank in range(4)]
+    Virtual(nodes).run()
+    first = sum(len(node.log) for node in nodes)
+    for node in nodes:
+        node.until = 20.0
+    Virtual(nodes, delay=lambda a, b, size: 0.1).run()
+    assert sum(len(node.log) for node in nodes) > 1.5 * first
+    run = replayed("cycle", [node.log for node in nodes])
+    assert torch.equal(run._state, torch.stack([node._state for node in nodes]))
+
+
 def test_the_running_mean_is_the_simulations() -> None:
     nodes = [jobs.member(rank, "cycle", 20.0, average=True) for rank in range(4)]
     Virtual(nodes).run()

@@ -69,7 +69,8 @@ def test_replicas_that_differ_are_refused_on_entry_and_overlap_may_differ(pool: 
 def test_all_replicas_name_the_one_whose_outer_gradient_is_not_finite(pool: Pool, exact: bool) -> None:
     for rank in pool("not_finite_on_rank_1", exact=exact):
         assert rank["said"] == (
-            "GradientError: replica 1: step 10, fragment 'first': no outer gradient to send: it holds NaN or infinity"
+            "GradientError: replica 1: step 10, fragment 'first': no outer gradient to send: "
+            "it holds NaN or infinity"
         )
         assert rank["same"]
         assert rank["received"] == 0
@@ -78,7 +79,8 @@ def test_all_replicas_name_the_one_whose_outer_gradient_is_not_finite(pool: Pool
 def test_outer_parameters_that_drifted_are_found_at_the_next_exchange(pool: Pool) -> None:
     for said in pool("drifted_on_rank_1"):
         assert said == (
-            "ReplicasApart: step 10, fragment 'first': the outer parameters of replica 1 are not those of replica 0"
+            "ReplicasApart: step 10, fragment 'first': "
+            "the outer parameters of replica 1 are not those of replica 0"
         )
 
 

@@ -32,14 +32,11 @@ class Event(NamedTuple):
 
 
 class PoissonClock:
-    """Gradient clocks of rate ``gradient_rate`` at each of n nodes, and each edge's clock."""
+    """A gradient clock of rate 1 at each of n nodes, and each edge's clock."""
 
-    def __init__(self, rates: GossipRates, seed: int = 0, gradient_rate: float = 1.0) -> None:
+    def __init__(self, rates: GossipRates, seed: int = 0) -> None:
         self.rates, self.seed = rates, seed
-        self._gradients = gradient_rate * rates.n
-        self._total = self._gradients + rates.total
-        if not self._total > 0:
-            raise ValueError("there is no event: one node, no edge and no gradient clock")
+        self._total = rates.n + rates.total
         self._shares = [np.cumsum(r) / max(r.sum(), 1e-300) for r in rates.rates]
         self._draw(0, 0.0)
 
@@ -59,16 +56,16 @@ class PoissonClock:
         draw = stream(self.seed, "poisson clock", number).numpy
         times = begin + np.cumsum(draw.exponential(1 / self._total, BLOCK))
         which = draw.random(BLOCK) * self._total
-        i, j = which * self.rates.n / max(self._gradients, 1e-300), np.full(BLOCK, -1.0)
-        edge = which >= self._gradients
-        i[edge], j[edge] = self._edges(times[edge], which[edge] - self._gradients).T
-        columns = (times.tolist(), i.astype(int).tolist(), j.astype(int).tolist())
+        i, j = which.astype(int), np.full(BLOCK, -1)
+        edge = which >= self.rates.n
+        i[edge], j[edge] = self._edges(times[edge], which[edge] - self.rates.n).T
+        columns = (times.tolist(), i.tolist(), j.tolist())
         self._block = list(map(Event._make, zip(*columns, strict=True)))
         self._number, self._begin, self._position = number, begin, 0
 
     def _edges(self, times: np.ndarray, which: np.ndarray) -> np.ndarray:
         """The edges (events, 2) of averagings at these times; ``which`` is uniform in [0, total)."""
-        rates, ends = self.rates, np.empty((len(times), 2))
+        rates, ends = self.rates, np.empty((len(times), 2), dtype=np.int64)
         turn = (times / rates.period).astype(int) % len(rates.graphs)
         for k in np.unique(turn):
             at = turn == k

@@ -110,7 +110,7 @@ class Member:
         self._ahead = self.node.time  # of the clock that starts at 0 in every session
         self._jobs: deque[tuple[Any, float]] = deque()
         self._busy: tuple[int, int, float, float] | None = None  # what for, with whom, event's time, since
-        self._waiting, self._over = set(self._below), False
+        self._waiting, self._over, self._left = set(self._below), False, False
         self._arm(net, _GRADIENT)
         for peer in self._above:
             self._arm(net, peer)
@@ -168,9 +168,10 @@ class Member:
 
     def _leave(self, net: Net) -> None:
         """Say once that no more will be asked, and stop when the same is known of all who may ask."""
-        for peer in self._above:
-            net.send(peer, _KIND.pack(DONE))
-        self._above = {}
+        if not self._left:
+            self._left = True
+            for peer in self._above:
+                net.send(peer, _KIND.pack(DONE))
         if not self._waiting:
             self.session += 1
             net.stop()

@@ -151,9 +151,9 @@ class Node:
         self.gradient, self.constants, self.flow = gradient, constants, flow
         self.time, self.events, self.gradients = 0.0, 0, 0
         self.point = state[0]
-        self.state = _touchable(state)
+        self.state = touchable(state)
         self.x, self.x_t, self.y, self.y_t, self.z, self.z_t = self.state
-        self.average = _touchable(average) if average is not None else None
+        self.average = touchable(average) if average is not None else None
 
     @staticmethod
     def fresh(x0: Tensor) -> Tensor:
@@ -205,7 +205,7 @@ class Node:
         found = self.gradient(self.point, self.gradients)
         if found.shape != self.point.shape:
             raise ValueError(f"gradient must have shape {tuple(self.point.shape)}; got {tuple(found.shape)}")
-        g = _touchable(found.detach())
+        g = touchable(found.detach())
         if not math.isfinite(g @ g):
             raise FloatingPointError(
                 f"gradient {self.gradients} is not finite at time {self.time:g}: is L too small, mu too large?"
@@ -218,7 +218,7 @@ class Node:
             self.average += (self.x - self.average) / self.events
 
 
-def _touchable(x: Tensor) -> Any:
+def touchable(x: Tensor) -> Any:
     """The tensor as what its device is fastest at for short vectors: numpy on the CPU, the tensor elsewhere."""
     return x.numpy() if x.device.type == "cpu" else x
 

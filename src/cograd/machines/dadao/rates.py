@@ -6,6 +6,7 @@ divides the product by c^2, so any shape of rates can be made admissible, and is
 
 from __future__ import annotations
 
+import hashlib
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -30,7 +31,7 @@ class GossipRates:
     ``rates[k][e]`` is the expected number of activations of edge e of graph k in a unit of time, in which each
     node takes one gradient in expectation. With several graphs, graph ``floor(t / period) mod K`` is there at
     time t. ``chi1`` and ``chi2`` are the worst over the graphs. Raises ValueError for a negative or not finite
-    rate, rates that do not connect their graph, and chi1 chi2 > 1/2.
+    rate, rates that do not connect their graph, chi1 chi2 > 1/2, and graphs of different nodes or totals.
     """
 
     graphs: tuple[Graph, ...]
@@ -40,6 +41,11 @@ class GossipRates:
     def __post_init__(self) -> None:
         for graph, rates in zip(self.graphs, self.rates, strict=True):
             _checked(graph, rates)
+        totals = [float(r.sum()) for r in self.rates]
+        if len({g.n for g in self.graphs}) > 1 or max(totals) - min(totals) > SLACK * max(totals):
+            raise ValueError(f"graphs that take turns need the same nodes and one total rate; got {totals}")
+        if not self.period > 0:
+            raise ValueError(f"period must be > 0; got {self.period}")
         if self.product > 0.5 + SLACK:
             raise ValueError(
                 f"rates are too low: chi_1 chi_2 must be <= 1/2; got {self.product:.6g}. "
@@ -62,6 +68,12 @@ class GossipRates:
     @property
     def chi2(self) -> float:
         return self._chis[1]
+
+    @cached_property
+    def digest(self) -> str:
+        """Of graphs, rates and period: what parties of a network must have in common."""
+        parts = [(g.n, g.edges, r.tolist()) for g, r in zip(self.graphs, self.rates, strict=True)]
+        return hashlib.blake2b(repr((parts, self.period)).encode(), digest_size=16).hexdigest()
 
     @property
     def product(self) -> float:

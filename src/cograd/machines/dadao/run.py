@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -10,7 +11,7 @@ from torch import Tensor
 
 from cograd.core.ledger import Ledger
 from cograd.machines.dadao.clock import Event, PoissonClock
-from cograd.machines.dadao.node import Constants, Flow, Gradient, Node, check_state
+from cograd.machines.dadao.node import Constants, Flow, Gradient, Node, check_state, touchable
 from cograd.machines.dadao.rates import GossipRates
 
 
@@ -68,6 +69,8 @@ class DADAO:
             for s, g, a in zip(self._state, gradients, kept, strict=True)
         ]
         self.now, self.activations = 0.0, 0
+        setting = repr((rates.digest, self.constants))
+        self._setting = hashlib.blake2b(setting.encode(), digest_size=16).hexdigest()
         self._message = self._state[0, 0].nbytes
 
     def __repr__(self) -> str:
@@ -81,14 +84,16 @@ class DADAO:
     def step(self, event: Event) -> None:
         """One gradient or one averaging. Raises ValueError for an event before the node's last one."""
         time, i, j = event
+        a = self.nodes[i]
         if j < 0:
+            a.advance(time)
             self.ledger.work(i, "grad")
-            self.nodes[i].on_gradient(time)
+            a.on_gradient(time)
         else:
+            b = self.nodes[j]
+            of_a, of_b = a.message(time), b.message(time)
             self.ledger.send(i, int(time), self._message, to=j)
             self.ledger.send(j, int(time), self._message, to=i)
-            a, b = self.nodes[i], self.nodes[j]
-            of_a, of_b = a.message(time), b.message(time)
             a.on_message(time, of_b)
             b.on_message(time, of_a)
             self.activations += 1
@@ -109,7 +114,7 @@ class DADAO:
         """All six vectors of all nodes, flowed to now: (n, 6, d), a copy. The nodes themselves stay as they
         are, so that looking changes no bit of a run."""
         flowed = self._state.clone()
-        for node, state in zip(self.nodes, flowed, strict=True):
+        for node, state in zip(self.nodes, touchable(flowed), strict=True):
             self.flow(state, self.now - node.time)
         return flowed
 
@@ -132,23 +137,22 @@ class DADAO:
             "nodes": [(node.time, node.events, node.gradients) for node in self.nodes],
             "now": self.now,
             "activations": self.activations,
-            "total rate": self.rates.total,
+            "setting": self._setting,
             "clock": self.clock.state_dict(),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue from `state_dict`. Raises ValueError for a state of another number of nodes (z is shared out
-        among them: it cannot be split anew), size, dtype, total rate, or with and without averages."""
+        among them: it cannot be split anew), size, dtype, graph, rates or constants, or with and without
+        averages."""
         theirs, ours = state["state"], self._state
         if theirs.shape != ours.shape or theirs.dtype != ours.dtype:
             raise ValueError(
                 f"the state is of (nodes, 6, d) = {tuple(theirs.shape)} in {theirs.dtype}; "
                 f"this run has {tuple(ours.shape)} in {ours.dtype}"
             )
-        if state["total rate"] != self.rates.total:
-            raise ValueError(
-                f"the state is of a total rate {state['total rate']}; here it is {self.rates.total}"
-            )
+        if state["setting"] != self._setting:
+            raise ValueError("the state is of a run with another graph, other rates or other constants")
         if (state["average"] is None) != (self._average is None):
             raise ValueError("the state and this run must both be with average=True or both without")
         self._state.copy_(theirs)

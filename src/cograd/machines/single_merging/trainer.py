@@ -13,7 +13,14 @@ from torch.func import functional_call, stack_module_state, vmap
 from cograd.core.ledger import Ledger
 from cograd.core.streams import seed_for
 from cograd.machines.single_merging import merging
-from cograd.machines.single_merging.merging import State, check_alike, check_finite, shared
+from cograd.machines.single_merging.merging import (
+    State,
+    average,
+    check_alike,
+    check_finite,
+    recalibrated,
+    shared,
+)
 from cograd.machines.single_merging.mixing import Mixing
 from cograd.machines.single_merging.schedule import Schedule
 
@@ -160,7 +167,13 @@ class DecentralizedTrainer:
 
     def merged(self, recalibrate: Iterable[Any] | None = None) -> nn.Module:
         """The counterfactual merged model: the average of all nodes, which stay as they are (see `merge`)."""
-        return merging.merge(self.models, recalibrate=recalibrate)
+        states = self.engine.states
+        check_finite(dict(enumerate(states)))
+        model = self.node(0)
+        merging.write(shared(model), {n: average([state[n] for state in states]) for n in states[0]})
+        if recalibrate is not None:
+            recalibrated(model, recalibrate)
+        return model
 
     def outputs(self, x: Tensor) -> Tensor:
         """Every node's output (m, N, ...) on the same inputs (N, ...), in evaluation mode."""
