@@ -14,8 +14,14 @@ from torch.nn.parallel import DistributedDataParallel
 
 from cograd.core.streams import stream
 from cograd.engines.worker import Context
-from cograd.machines import DecentralizedTrainer, Mixing, Schedule, SingleMerging
-from cograd.machines.single_merging import merge, replicas
+from cograd.machines.single_merging import (
+    DecentralizedTrainer,
+    Mixing,
+    Schedule,
+    SingleMerging,
+    merge,
+    replicas,
+)
 
 LOCAL_STEPS, ROUNDS = 3, 8
 MATRIX = [[0.5, 0.25, 0.25, 0], [0, 1, 0, 0], [0.1, 0.2, 0.3, 0.4], [0, 0, 0.7, 0.3]]
@@ -236,6 +242,11 @@ def diverged(ctx: Context, dense: bool) -> dict[str, Any]:
 
 def finite(model: nn.Module) -> bool:
     return all(bool(torch.isfinite(p).all()) for p in model.parameters())
+
+
+def empty_loader_on_rank_1(ctx: Context) -> dict[str, Any]:
+    _, _, attached = attach(ctx, normed)
+    return {"said": raised(lambda: attached.recalibrate([] if ctx.rank == 1 else [batch(0, ctx.rank)]))}
 
 
 def other_settings_on_rank_3(ctx: Context) -> dict[str, Any]:

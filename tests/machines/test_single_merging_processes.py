@@ -109,6 +109,11 @@ def test_those_who_would_hear_a_diverged_rank_name_it(pool: Pool) -> None:
         assert found["finite"] == (rank != 2)
 
 
+def test_all_ranks_name_the_rank_without_calibration_batches(pool: Pool) -> None:
+    for rank in pool("empty_loader_on_rank_1"):
+        assert rank["said"].startswith("ValueError: rank 1: loader must give at least one batch")
+
+
 def test_all_ranks_refuse_other_settings_on_one(pool: Pool) -> None:
     said = [rank["said"] for rank in pool("other_settings_on_rank_3")]
     assert all(text.startswith("SchemaError: rank ") for text in said)

@@ -138,10 +138,11 @@ class SingleMerging:
         """Estimate BatchNorm statistics anew after a merge, on every rank's own batches together.
 
         Each rank runs at most 32 batches of its loader; the statistics are their mean over all ranks' batches.
-        Returns the number of batches of all ranks. All ranks call it.
+        Returns the number of batches of all ranks. All ranks call it, and all raise ValueError if the loader of
+        one is empty.
         """
         model = self.model if model is None else model
-        used = torch.tensor([float(merging.recalibrated(model, loader))], dtype=torch.float64)
+        used = torch.tensor([float(self._recalibrated_here(model, loader))], dtype=torch.float64)
         found = statistics(model)
         if not found or self.members == 1:
             return int(used)
@@ -155,6 +156,18 @@ class SingleMerging:
             if name.endswith("num_batches_tracked"):
                 buffer.fill_(total)
         return total
+
+    def _recalibrated_here(self, model: nn.Module, loader: Iterable[Any]) -> int:
+        """The batches used on this rank, after all ranks have said that they had some."""
+        used, refusal = 0, ""
+        try:
+            used = merging.recalibrated(model, loader)
+        except ValueError as error:
+            refusal = str(error)
+        for rank, said in enumerate(self.transport.all_gather_bytes(refusal.encode())):
+            if len(said):
+                raise ValueError(f"rank {rank}: {bytes(said).decode()}")
+        return used
 
     # One round.
 
