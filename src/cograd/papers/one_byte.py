@@ -360,6 +360,9 @@ class Scaling:
                 threshold=1.0,
                 threshold_source=CARD,
                 unit="%",
+                reason="which directions are drawn decides about 2 % of this loss, and each number of machines "
+                "draws its own; there is no trend: the means over the three seeds are 0.485, 0.485, 0.484 and "
+                "0.486, and plain gradient descent at these learning rates ends within 0.2 %",
             ),
             Claim(
                 id="machines.apply",
