@@ -93,7 +93,7 @@ def _held(result: dict[str, Any] | None) -> str:
 def method_page(paper: Paper, result: dict[str, Any] | None) -> str:
     """A method's page from its module's docstring, its paper's entry and its recorded result."""
     entry = _entry(paper)
-    module = import_module(entry.__module__)
+    module = _module(entry)
     sections = [
         f"# {entry.__name__}",
         f"{paper.summary[:1].upper()}{paper.summary[1:]}.",
@@ -121,17 +121,23 @@ def _entry(paper: Paper) -> type:
     return entry
 
 
+def _module(entry: type) -> Any:
+    """The method's file, or its package where it is large: what lies right below the room."""
+    return import_module(".".join(entry.__module__.split(".")[:3]))
+
+
 def _others(module: Any, entry: type) -> list[Any]:
-    """The public classes and functions that a method's module defines besides its entry, in source order."""
+    """The public classes and functions that a method's module defines besides its entry, or that its package
+    takes from its own files, in source order."""
     defined = [
         thing
         for name, thing in vars(module).items()
         if not name.startswith("_")
         and (inspect.isclass(thing) or inspect.isfunction(thing))
-        and thing.__module__ == module.__name__
+        and f"{thing.__module__}.".startswith(f"{module.__name__}.")
         and thing is not entry
     ]
-    return sorted(defined, key=lambda thing: inspect.getsourcelines(thing)[1])
+    return sorted(defined, key=lambda thing: (thing.__module__, inspect.getsourcelines(thing)[1]))
 
 
 def _directive(thing: Any) -> str:

@@ -177,7 +177,7 @@ def test_bad_input_is_refused_by_name(make: Callable[[], object], said: str) -> 
 
 def test_bad_vectors_and_masks_are_refused() -> None:
     code = CyclicGC(4, 1)
-    with pytest.raises(ValueError, match=r"parts must have shape \(s \+ 1 = 2, d\); got \(3, 7\)"):
+    with pytest.raises(ValueError, match=r"parts must have shape \(2 chunks, d\); got \(3, 7\)"):
         code.encode(0, torch.zeros(3, D))
     with pytest.raises(TypeError, match=r"parts must be float32 or float64; got torch\.float16"):
         code.encode(0, torch.zeros(2, D, dtype=torch.float16))
@@ -308,6 +308,33 @@ def test_m_sgc_accepts_what_its_models_allow(pattern: tuple[int, ...], kind: str
         for r, straggling in enumerate(rounds):
             assert scheme.conforms(straggling)
             scheme.complete(r, ~straggling)
+
+
+@pytest.mark.parametrize("parameters", [(8, 1, 2, 4), (8, 1, 4, 6), (8, 2, 3, 5), (9, 3, 4, 7)], ids=str)
+def test_selective_repetition_accepts_the_papers_model(parameters: tuple[int, ...]) -> None:
+    """In every window of W rounds: bursty, or at most s stragglers a round. Written out here once more."""
+    scheme = SRSGC(*parameters)
+    _, B, W, lam = parameters
+
+    def allowed(window: Mask) -> bool:
+        if window.sum(1).max() <= scheme.s:
+            return True
+        pairs = itertools.combinations(range(len(window)), 2)
+        again = any((window[a] & window[b]).any() for a, b in pairs if B <= b - a < W)
+        return not again and window.any(0).sum() <= lam
+
+    for seed in range(6):
+        draws = stream(seed, "model").numpy
+        scheme.restart(JOBS)
+        history = np.zeros((W - 1, scheme.n), dtype=bool)
+        for r in range(scheme.rounds or 0):
+            straggling = np.zeros(scheme.n, dtype=bool)
+            for worker in draws.permutation(scheme.n).tolist():
+                straggling[worker] = scheme.busy()[worker] and draws.random() < 0.4
+                straggling[worker] &= allowed(np.concatenate([history, straggling[None]]))
+            assert scheme.conforms(straggling)
+            scheme.complete(r, ~straggling)
+            history = np.concatenate([history[1:], straggling[None]])
 
 
 SCHEMES = [

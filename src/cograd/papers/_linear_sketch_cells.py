@@ -24,9 +24,8 @@ from cograd.papers._gradient_matching import match
 
 L2 = 0.01
 CLIENTS = 10
-TARGET = 0.01
-"""Share of the initial gap to the optimum at which a run has arrived."""
 DIVERGED = 4.0
+"""Gap, over that at the start, at which a run is given up."""
 
 WORDS, BAG = 400, 3
 """The spiky problem: vocabulary, and words in a bag."""
@@ -127,11 +126,12 @@ def descend(
     step: float,
     local_steps: int,
     limit: int,
+    target: float,
     redraw: bool,
     k: int,
     momentum: float,
 ) -> dict[str, Any]:
-    """Run a system until 1 % of the gap is left, it diverged, or ``limit`` rounds.
+    """Run a system until the share ``target`` of the gap is left, it diverged, or ``limit`` rounds.
 
     ``system`` is ``dense``, ``fetchsgd`` (which has ``k`` and ``momentum``) or a sketch's kind; ``step`` is in
     units of 1/L. ``rounds`` is None if the target was not reached, ``floats`` what a client uploads in a round,
@@ -156,11 +156,11 @@ def descend(
             weight_decay=L2,
         ).round
     gaps = [1.0]
-    while gaps[-1] > TARGET and len(gaps) <= limit and gaps[-1] < DIVERGED:
+    while gaps[-1] > target and len(gaps) <= limit and gaps[-1] < DIVERGED:
         advance()
         gaps.append(min(task.gap(model), 1e9))
     return {
-        "rounds": len(gaps) - 1 if gaps[-1] <= TARGET else None,
+        "rounds": len(gaps) - 1 if gaps[-1] <= target else None,
         "floats": numel if system == "dense" else rows,
         "gaps": [float(f"{gap:.4g}") for gap in gaps],
     }
@@ -273,7 +273,11 @@ def private(
     }
 
 
-@lru_cache
 def _privacy(epsilon: float, noise_in: str) -> GaussianDP:
     where: Any = noise_in
-    return GaussianDP.for_epsilon(epsilon, PRIVATE_ROUNDS, clip=CLIP, delta=DELTA, noise_in=where)
+    return GaussianDP(CLIP, _noise(epsilon), DELTA, noise_in=where)
+
+
+@lru_cache
+def _noise(epsilon: float) -> float:
+    return GaussianDP.for_epsilon(epsilon, PRIVATE_ROUNDS, clip=CLIP, delta=DELTA).noise_multiplier

@@ -90,8 +90,9 @@ class Code(ABC):
         """
         if parts.dtype not in (torch.float32, torch.float64):
             raise TypeError(f"parts must be float32 or float64; got {parts.dtype}")
-        if parts.ndim != 2 or len(parts) != self.s + 1:
-            raise ValueError(f"parts must have shape (s + 1 = {self.s + 1}, d); got {tuple(parts.shape)}")
+        chunks = len(self.assignment(worker))
+        if parts.ndim != 2 or len(parts) != chunks:
+            raise ValueError(f"parts must have shape ({chunks} chunks, d); got {tuple(parts.shape)}")
         return self.coefficients(worker, parts.dtype).to(parts.device) @ parts
 
     def weights(self, arrived: Mask) -> Vector:

@@ -145,11 +145,16 @@ class Scheme(ABC):
             raise DeadlineMissed(
                 f"job {due} cannot be decoded at the end of round {round}: {self._lack(after[due])}"
             )
+        counted = self._counted(straggling)
         self._finished = {job: after.pop(job) for job in finished}
         self._arrivals = after
         if self.remembers > 1:
-            self.history = np.concatenate([self.history[1:], straggling[None]])
+            self.history = np.concatenate([self.history[1:], counted[None]])
         self.round += 1
+
+    def _counted(self, straggling: Mask) -> Mask:
+        """Those of the coming round's stragglers that later rounds must reckon with."""
+        return straggling
 
     @abstractmethod
     def _after(self, arrived: Mask) -> tuple[dict[int, Mask], list[int]]:
@@ -304,8 +309,9 @@ class SRSGC(_Sequential):
 
     s = ceil(B lambda / (W - 1 + B)). Job t needs n - s results. If fewer arrived in round t, then in round t +
     B the first workers that gave none redo their task of job t *instead of* that of job t + B, as many as are
-    lacking; for job t + B they count as not contributing. It survives stragglers that in every W rounds are (B,
-    W, lambda)-bursty or at most s a round.
+    lacking; for job t + B they count as not contributing. It survives stragglers that in every W rounds are
+    (B, W, lambda)-bursty, where a round does not count in which nobody repeats and at most s straggle: its job
+    needs no repetition. That takes in the paper's model, "bursty or at most s a round in every window".
 
     Results are counted, whatever the code: repetition changes the rounding of the sum, not the stragglers that
     are tolerated. Raises ValueError unless 1 <= B < W, B divides W - 1, and 0 <= lam <= n with s < n.
@@ -351,8 +357,13 @@ class SRSGC(_Sequential):
         return [self.task(worker, round)] if self.exists(round) else []
 
     def _conforms(self, window: Mask) -> bool:
-        few = bool((window.sum(1) <= self.s).all())
-        return few or _bursty(window, self.B, self.W, lambda missing: int(missing.sum()) <= self.lam)
+        if not self._counted(window[-1]).any():
+            return True
+        return _bursty(window, self.B, self.W, lambda missing: int(missing.sum()) <= self.lam)
+
+    def _counted(self, straggling: Mask) -> Mask:
+        harmless = int(straggling.sum()) <= self.s and not self.repeating().any()
+        return np.zeros_like(straggling) if harmless else straggling
 
     def _after(self, arrived: Mask) -> tuple[dict[int, Mask], list[int]]:
         repeating, old = self.repeating(), self.round - self.B

@@ -25,7 +25,7 @@ Every model's weights are those of uncoded training, to rounding: only the wall 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -50,6 +50,7 @@ class GradientCoding:
         seed: of the random numbers in the learners' losses.
         ledger: counts messages and samples; a new one if not given. The master is party n. The results of
             stragglers count as sent.
+        on_gradient: called with each job and its decoded sum (numel,), float64, before its model's step.
 
     ``wall_clock`` in seconds, ``waits`` (rounds that were waited out), ``max_load`` (largest share of a job's
     samples that a worker touched in a round) and ``updates`` (jobs done) tell how it went. Memory: for each job
@@ -68,7 +69,9 @@ class GradientCoding:
         dtype: torch.dtype = torch.float64,
         seed: int = 0,
         ledger: Ledger | None = None,
+        on_gradient: Callable[[int, Tensor], None] | None = None,
     ) -> None:
+        self.on_gradient = on_gradient
         self.bench = Bench(learners, scheme, dtype, seed)
         self.cluster, self.ledger = cluster, ledger if ledger is not None else Ledger()
         self.round, self.waits, self.updates = 0, 0, 0
@@ -153,6 +156,8 @@ class GradientCoding:
         total = self._decoder.gradient(job, recipe)
         if not bool(torch.isfinite(total).all()):
             raise GradientError(f"job {self._base + job}: the decoded gradient holds NaN or infinity")
+        if self.on_gradient is not None:
+            self.on_gradient(self._base + job, total)
         self.bench.step(self._base + job, total)
         self.updates += 1
         return self._base + job

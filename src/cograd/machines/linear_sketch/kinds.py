@@ -154,15 +154,15 @@ class Sparse:
     def apply(self, draws: Stream, x: Tensor, y: Tensor) -> None:
         for columns, entries in self._blocks(draws):
             for rows, signs in entries:
-                part, where = _flipped(x[:, columns], signs.to(x.device)), rows.to(x.device)
-                for target, values in zip(y, part, strict=True):
-                    target.scatter_add_(0, where, values)  # a vector at a time: twice as fast as index_add_
+                part = _flipped(x[:, columns], signs.to(x.device))
+                y.scatter_add_(1, rows.to(y.device).expand(len(y), -1), part)
         self._scale(y)
 
     def adjoint(self, draws: Stream, y: Tensor, x: Tensor) -> None:
         for columns, entries in self._blocks(draws):
             for i, (rows, signs) in enumerate(entries):
-                part = _flipped(torch.stack([v.gather(0, rows.to(v.device)) for v in y]), signs.to(x.device))
+                part = y.gather(1, rows.to(y.device).expand(len(y), -1))
+                part = _flipped(part, signs.to(y.device))
                 if i:
                     x[:, columns] += part
                 else:
