@@ -253,10 +253,10 @@ SLOPE_GRAPHS = ("star 16", "cycle 16", "grid 4x4", "barbell 8+8", "geometric 20"
 
 def run(lab: Lab) -> Findings:
     """``full``: all graphs and both problems, rates, ablations, graphs that take turns, minibatches, the
-    official notebook's star. ``demo``: star and barbell. ``smoke``: a star of 8 nodes to 1e-3."""
+    official notebook's star. ``smoke``: a star of 8 nodes to 1e-3."""
     cells = [cell for seed in lab.seeds for cell in _cells(lab.scale, seed)]
     runs = Runs(cells, lab.map(cells, compute), lab.seeds)
-    graphs = {"full": FULL_GRAPHS, "demo": ("star 16", "barbell 8+8"), "smoke": ("star 8",)}[lab.scale]
+    graphs = FULL_GRAPHS if lab.scale == "full" else ("star 8",)
     claims = _exact_claims()
     if lab.scale == "full":
         claims += _edges_claims(runs) + _dual_claims(runs) + _slope_claims(runs) + _other_claims(runs)
@@ -275,8 +275,6 @@ def _cells(scale: str, seed: int) -> list[dict[str, Any]]:
     everyone = (*PRIMAL, DUAL, CONTINUIZED)
     if scale == "smoke":
         return [precision(s, REGRESSION, "star 8", target=1e-3, d=3) for s in everyone]
-    if scale == "demo":
-        return [precision(s, REGRESSION, g) for g in ("star 16", "barbell 8+8") for s in everyone]
     cells = [precision(s, REGRESSION, g) for g in FULL_GRAPHS for s in everyone]
     cells += [precision(s, p, g) for p in (CANCER, FROM_ZERO) for g in FULL_GRAPHS for s in PRIMAL]
     cells += [precision(s, REGRESSION, "turns 20") for s in (METHOD, ADOM, ADOM_MC)]
@@ -334,13 +332,13 @@ NOTEBOOK_SOURCE = "output of the official notebook (AdelNabli/DADAO, Examples.ip
 BEFOREHAND = "set before the recorded run, from pilot runs on other seeds"
 NEAR = {
     CANCER: (
-        "A normal start is far from x* here in directions on which the nodes agree: in a pilot ADOM+ was rid of "
-        "99 % of the error after 10 rounds, with hardly any consensus (on least squares after 35). The nodes' "
+        "A normal start is far from x* here in directions on which the nodes agree: in a pilot ADOM+ was rid "
+        "of 99 % of the error after 10 rounds, with hardly any consensus (on least squares after 35). The nodes' "
         "gradients at x* are 0.3 % of L |x0 - x*| (least squares: 40 %). The runs from 0 begin without that."
     ),
     FROM_ZERO: (
-        "As from a normal start, but less so: the nodes' gradients at x* are 2 % of L |x0 - x*| (least squares: "
-        "40 %), so less of the error than there needs consensus. The ratio grows with the precision asked for."
+        "As from a normal start, but less so: the nodes' gradients at x* are 2 % of L |x0 - x*| (least "
+        "squares: 40 %), so less of the error than there needs consensus. The ratio grows with the precision asked for."
     ),
 }
 """Why ADOM+ may need less than 10 times the edges."""
