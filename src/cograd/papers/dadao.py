@@ -333,12 +333,12 @@ BEFOREHAND = "set before the recorded run, from pilot runs on other seeds"
 NEAR = {
     CANCER: (
         "A normal start is far from x* here in directions on which the nodes agree: in a pilot ADOM+ was rid "
-        "of 99 % of the error after 10 rounds, with hardly any consensus (on least squares after 35). The nodes' "
-        "gradients at x* are 0.3 % of L |x0 - x*| (least squares: 40 %). The runs from 0 begin without that."
+        "of 99 % of the error after 10 rounds, with hardly any consensus (on least squares after 35). The "
+        "nodes' gradients at x* are 0.3 % of L |x0 - x*| (least squares: 40 %). The runs from 0 begin without that."
     ),
     FROM_ZERO: (
         "As from a normal start, but less so: the nodes' gradients at x* are 2 % of L |x0 - x*| (least "
-        "squares: 40 %), so less of the error than there needs consensus. The ratio grows with the precision asked for."
+        "squares: 40 %), so less of the error than there needs consensus. The ratio grows with the precision."
     ),
 }
 """Why ADOM+ may need less than 10 times the edges."""
@@ -638,7 +638,7 @@ def draw(result: dict[str, Any], path: Path) -> None:
     there = list(dict.fromkeys(metric for metric, _ in curves))
     panels = [m for m in wanted if m in there] or there[:1]
     seeds = len(result["seeds"])
-    title = f"Edge activations to precision, mean of {seeds} seed{'s' * (seeds > 1)}; dual methods dashed"
+    title = f"DADAO: error by edges used, {seeds} seed{'s' * (seeds > 1)}"
     with figure(path, len(panels), title) as axes:
         for ax, metric in zip(axes, panels, strict=True):
             for system, colour in COLOURS.items():
@@ -648,8 +648,12 @@ def draw(result: dict[str, Any], path: Path) -> None:
                     dual = system in (DUAL, CONTINUIZED)
                     ax.plot(c["x"], mean_error, color=colour, label=system, linestyle="--" if dual else "-")
             ax.set(xscale="log", yscale="log", xlabel="edge activations", title=metric.removeprefix("error, "))
-        axes[0].set_ylabel("mean squared distance to x*, of its start")
-        names = {"ncols": min(6, 2 * len(panels)), "loc": "outside lower center", "frameon": False}
+        axes[0].set_ylabel("squared error, of its start")
+        names = {
+            "ncols": len(COLOURS) if len(panels) > 1 else 1,
+            "loc": "outside lower center",
+            "frameon": False,
+        }
         axes[0].figure.legend(*axes[0].get_legend_handles_labels(), **names)
 
 
