@@ -334,7 +334,7 @@ NEAR = {
     CANCER: (
         "A normal start is far from x* here in directions on which the nodes agree: in a pilot ADOM+ was rid "
         "of 99 % of the error after 10 rounds, with hardly any consensus (on least squares after 35). The "
-        "nodes' gradients at x* are 0.3 % of L |x0 - x*| (least squares: 40 %). The runs from 0 begin without that."
+        "nodes' gradients at x* are 0.3 % of L |x0 - x*| (least squares: 40 %). From 0 that is not so."
     ),
     FROM_ZERO: (
         "As from a normal start, but less so: the nodes' gradients at x* are 2 % of L |x0 - x*| (least "
