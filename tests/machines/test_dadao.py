@@ -227,6 +227,15 @@ def test_no_other_rates_are_cheaper_than_the_programs(name: str, seed: int, spre
     assert other.total >= best.total * (1 - 1e-6)
 
 
+@SETTINGS(max_examples=12)
+@given(st.integers(2, 16), st.floats(0.25, 0.6), st.integers(0, 10**6))
+def test_the_program_is_solved_on_any_graph(n: int, radius: float, seed: int) -> None:
+    graph = Graph.random_geometric(n, radius, seed)
+    best = gossip_rates(graph, "sdp")
+    assert best.product == pytest.approx(0.5, abs=1e-9)
+    assert best.total <= total(graph) * (1 + 1e-6)
+
+
 def test_a_geometric_graph_is_joined_up_where_it_falls_apart() -> None:
     graph = Graph.random_geometric(30, 0.1, seed=3)
     assert len(graph.edges) >= 29

@@ -21,6 +21,7 @@ from cograd.machines.dadao.graph import Graph, spectral
 SLACK = 1e-9
 """How far above 1/2 rounding may leave the product."""
 
+_TOLERANCES = {"tol_gap_abs": 1e-7, "tol_gap_rel": 1e-7, "tol_feas": 1e-7}
 _UNUSED = 1e-6  # a share of the largest rate: what an interior-point solver leaves of a zero
 
 
@@ -167,13 +168,16 @@ def _least_total(graph: Graph) -> tuple[float, ...]:
     i, j = graph.ends.T
     basis = _orthogonal_to_ones(n)
     b = (basis[i] - basis[j]).T
+    # In units of the uniform solution: rates of its mean, lambda_2 and resistances of its lambda_2.
+    uniform = gossip_rates(graph)
+    unit = uniform.total / m * uniform.chi1
     rate, gap = cp.Variable(m, nonneg=True), cp.Variable()
     inverse = cp.Variable((n - 1, n - 1), symmetric=True)
     lam, one = b @ cp.diag(rate) @ b.T, np.eye(n - 1)
+    schur = cp.bmat([[inverse, one], [one, lam * (uniform.total / m / uniform.chi1)]])
     resistance = cp.sum(cp.multiply(b, inverse @ b), axis=0)
-    constraints = [lam >> gap * one, cp.bmat([[inverse, one], [one, lam]]) >> 0, resistance <= gap]
-    problem = cp.Problem(cp.Minimize(cp.sum(rate)), constraints)
-    problem.solve(solver=cp.CLARABEL)
+    problem = cp.Problem(cp.Minimize(cp.sum(rate)), [lam * unit >> gap * one, schur >> 0, resistance <= gap])
+    problem.solve(solver=cp.CLARABEL, **_TOLERANCES)
     if problem.status != cp.OPTIMAL or rate.value is None:
         raise RuntimeError(f"the program for the rates of {graph} ended as {problem.status!r}")
     found = np.clip(rate.value, 0, None)
