@@ -438,8 +438,8 @@ def _local_claims(study: Study) -> list[Claim]:
 BARELY_PRIVATE = (
     "Noise is not what limits DP-GD here: on a pilot seed its mean squared gradient norm is 0.0012, and 0.0011 "
     "without noise, its last loss 0.0575 and 0.0574. DIFF2 pays in the descent from the start, where steps are "
-    "long and the noise of a difference is in proportion to them, and what a restart's clipping leaves out stays "
-    "in v until the next one."
+    "long and the noise of a difference is in proportion, and what a restart's clipping leaves out stays in v "
+    "until the next one."
 )
 
 
