@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from itertools import product
 from statistics import mean
@@ -15,6 +16,7 @@ from torch import Tensor, nn
 
 from cograd import data
 from cograd.core.streams import seed_for, stream
+from cograd.engines.exchange import GradientError
 from cograd.machines.diff2 import BVRLocalSGD, Diff2, Diff2Plan, GDRoutine
 from cograd.papers._diff2_runs import (
     Problem,
@@ -177,7 +179,7 @@ def replay(cell: Cell) -> Record:
     features, targets = task.problem.features, task.problem.targets  # type: ignore[attr-defined]
     model: nn.Module = nn.Linear(6, 1, bias=False) if cell["of"] == "regression" else network(seed, 105)
     with torch.no_grad():
-        nn.utils.vector_to_parameters(task.problem.start, model.parameters())
+        nn.utils.vector_to_parameters(task.problem.start.clone(), model.parameters())
     plan = task.plan(setting, seed)
     size = plan.records[0]
     workers = [(features[i : i + size], targets[i : i + size]) for i in range(0, len(targets), size)]
@@ -223,9 +225,11 @@ def local(cell: Cell) -> Record:
             warnings.simplefilter("ignore")  # a grid holds unstable plans, too
             diff2 = Diff2(model, squared, workers, plan)
         squares = []
-        for _ in range(rounds):
-            diff2.step()
-            squares.append(_square(features, targets, diff2.x))
+        with suppress(GradientError):  # the iterate escaped
+            for _ in range(rounds):
+                diff2.step()
+                squares.append(_square(features, targets, diff2.x))
+        squares += [1e30] * (rounds - len(squares))
         work = sum(diff2.ledger.worked("grad", w) for w in range(4)) / 4000
         runs.append({"mean": mean(squares), "last": squares[-1], "work": work, "bytes": diff2.ledger.sent()})
     return {"runs": runs}
