@@ -13,8 +13,9 @@ from torch import Tensor, nn
 from cograd.core.streams import stream
 from cograd.machines import Diff2, Diff2Plan, GDRoutine
 from cograd.machines.diff2.clipping import PerRecord
+from cograd.papers._diff2_cells import METHOD, Grid
 from cograd.papers._diff2_runs import Regression, Softplus, Valley, descend, noise_of_diff2, stream_noise
-from cograd.papers.diff2 import METHOD, Grid, _slope
+from cograd.papers.diff2 import _slope
 
 
 def squared(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:

@@ -1,0 +1,240 @@
+"""What one cell of DIFF2's paper computes: settings of a problem, run side by side or by `Diff2` itself."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from itertools import product
+from statistics import mean
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from cograd import data
+from cograd.core.streams import seed_for, stream
+from cograd.engines.exchange import GradientError
+from cograd.machines.diff2 import BVRLocalSGD, Diff2, Diff2Plan, GDRoutine
+from cograd.papers._diff2_runs import (
+    Problem,
+    Regression,
+    Softplus,
+    Trace,
+    Valley,
+    descend,
+    noise_of_diff2,
+    stream_noise,
+)
+
+if TYPE_CHECKING:
+    from cograd.papers._lab import Cell, Record, Report
+
+DELTA = 1e-5
+DP_GD, METHOD, LOCAL, UNSTABLE = "DP-GD", "DIFF2", "DIFF2, BVR-L-SGD", "DIFF2, unstable"
+PER_MESSAGE = {DP_GD: "DP-GD, per message", METHOD: "DIFF2, per message"}
+FRACTIONS = {10: "DIFF2, T = R/10", 3: "DIFF2, T = R/3", 1: "DIFF2, T = R"}
+
+# What is varied. A setting: rounds, restart interval, step size, clip, diff_clip.
+
+Setting = tuple[int, int, float, float, float]
+
+
+@dataclass(frozen=True)
+class Grid:
+    """Settings that both methods are tuned over; DP-GD has no restart interval and no diff_clip."""
+
+    rounds: Sequence[int]
+    lrs: Sequence[float]
+    clips: Sequence[float]
+    diff_clips: Sequence[float]
+    parts: Sequence[int] = (10, 3, 1)
+    """Of the rounds, of which the restart interval is one."""
+
+    def settings(self, system: str) -> list[Setting]:
+        if system in (DP_GD, PER_MESSAGE[DP_GD]):
+            return [(r, 1, lr, c, c) for r, lr, c in product(self.rounds, self.lrs, self.clips)]
+        found = product(self.rounds, self.parts, self.lrs, self.clips, self.diff_clips)
+        return [(r, max(2, r // part), lr, c, d) for r, part, lr, c, d in found]
+
+
+SIZES, BOUNDS, DIMENSION = (3_000, 10_000, 30_000, 100_000), (20.0, 5.0), 50
+ROUNDS = (10, 30, 100, 300, 1000, 3000)
+WIDTHS, EPSILONS = (3.0, 10.0), (3.0, 1.0)
+REGRESSION = Grid((10, 30, 100, 300), (0.1, 0.3, 1.0), (2.0, 5.0, 10.0, 20.0), (3.0, 6.0, 12.0))
+ADULT_EPSILONS, ADULT_WORKERS, ADULT_TRAIN = (3.0, 5.0), 10, 26_040
+ADULT = Grid((50, 150, 500), (0.1, 0.3, 1.0), (1.0, 3.0, 5.0), (3.0, 10.0, 30.0), (30, 10, 3, 1))
+LOCAL_GRID = tuple(product((10, 30), (4, 16), (0.1, 0.3, 1.0)))  # rounds, local steps, step size
+BATCH = 128
+
+
+def rate_grid(bound: float, rounds: Sequence[int] = ROUNDS) -> Grid:
+    """Of the valley, where the clips are the known constants G and L = 1."""
+    return Grid(rounds, (0.1, 0.3, 1.0), (bound,), (1.0,))
+
+
+@dataclass(frozen=True)
+class Task:
+    """A problem, the sizes of its workers and its budget."""
+
+    problem: Problem
+    records: Sequence[int]
+    epsilon: float
+    release: str = "aggregate"
+
+    def plan(self, setting: Setting, seed: int = 0) -> Diff2Plan:
+        rounds, every, lr, clip, diff_clip = setting
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # the card's delta is 1e-5 for every n, 1e5 included
+            return Diff2Plan(
+                rounds=rounds,
+                restart_every=every,
+                epsilon=self.epsilon,
+                delta=DELTA,
+                clip=clip,
+                diff_clip=diff_clip,
+                records=self.records,
+                routine=GDRoutine(lr),
+                release=self.release,  # type: ignore[arg-type]  # one of the two
+                seed=seed,
+            )
+
+
+def task_of(cell: Cell) -> Task:
+    seed, part = cell["seed"], cell["part"]
+    if part == "rate":
+        workers = 10 if cell["system"] in PER_MESSAGE.values() else 1
+        release = "message" if workers > 1 else "aggregate"
+        centre = stream(seed, "centre").normal(DIMENSION)
+        return Task(Valley(centre), [cell["n"] // workers] * workers, 3.0, release)
+    if part == "regression":
+        features, targets = regression(seed, cell["width"])
+        return Task(Regression(features, targets), [1000] * 4, cell["epsilon"])
+    return Task(
+        adult(seed, cell.get("share", 1)), [ADULT_TRAIN // ADULT_WORKERS] * ADULT_WORKERS, cell["epsilon"]
+    )
+
+
+def regression(seed: int, width: float) -> tuple[Tensor, Tensor]:
+    """4000 records of six standard normal features; a truth of norm 1, uniform noise of +- ``width``."""
+    draw = stream(seed, "regression")
+    features, truth = draw.normal(4000, 6), draw.normal(6)
+    return features, features @ (truth / truth.norm()) + width * (2 * draw.uniform(4000) - 1)
+
+
+def network(seed: int, width: int) -> nn.Sequential:
+    torch.manual_seed(seed_for(seed, "init"))
+    return nn.Sequential(nn.Linear(width, 10), nn.Softplus(), nn.Linear(10, 1))
+
+
+def adult(seed: int, share: int = 1) -> Softplus:
+    """80 % of Adult for training, the rest for tests. Tuning sees one record in ``share`` of both, with the
+    noise that is right for all of them."""
+    table = data.load("adult")
+    order, labels = stream(seed, "split").permutation(len(table.y)), table.y.float()
+    train, test = order[:ADULT_TRAIN:share], order[ADULT_TRAIN::share]
+    weights = network(seed, table.x.shape[1]).parameters()
+    return Softplus(
+        table.x[train],
+        labels[train],
+        table.x[test],
+        labels[test],
+        nn.utils.parameters_to_vector(weights).detach(),
+    )
+
+
+def compute(cell: Cell, report: Report) -> Record:
+    """Mean and last squared gradient norm, and last losses, of every setting of the cell."""
+    if cell["part"] in ("replay", "local"):
+        return {"replay": replay, "local": local}[cell["part"]](cell)
+    task, settings = task_of(cell), [tuple(s) for s in cell["settings"]]
+    numel = len(task.problem.start)
+    noise = stream_noise(numel, cell["seed"], "diff2 runs")
+    found: dict[int, Record] = {}
+    for rounds in sorted({s[0] for s in settings}):
+        report(f"{rounds} rounds")
+        places = [i for i, s in enumerate(settings) if s[0] == rounds]
+        for batch in (places[i : i + cell["batch"]] for i in range(0, len(places), cell["batch"])):
+            plans = [task.plan(settings[i]) for i in batch]
+            trace = descend(task.problem, plans, noise, cell["looks"])
+            found |= {i: _summary(trace, row) for row, i in enumerate(batch)}
+    return {"runs": [found[i] for i in range(len(settings))]}
+
+
+def _summary(trace: Trace, row: int) -> Record:
+    """Of one run. Numbers that are not finite become 1e30, as JSON and a minimum can take them."""
+    square = trace.square[row].nan_to_num(1e30, 1e30)
+    losses = {name: values[row].nan_to_num(1e30, 1e30) for name, values in trace.losses.items()}
+    last = {name: float(values[-1]) for name, values in losses.items()}
+    history = {"at": trace.at, "squares": square.tolist(), "losses": losses["loss"].tolist()}
+    return {"mean": float(square.mean()), "last": float(square[-1]), **last, **history}
+
+
+def replay(cell: Cell) -> Record:
+    """`Diff2` with per-record gradients by torch.func, against the same run among those side by side."""
+    seed, setting = cell["seed"], tuple(cell["setting"])
+    task = task_of({**cell, "part": cell["of"]})
+    features, targets = task.problem.features, task.problem.targets  # type: ignore[attr-defined]
+    model: nn.Module = nn.Linear(6, 1, bias=False) if cell["of"] == "regression" else network(seed, 105)
+    with torch.no_grad():
+        nn.utils.vector_to_parameters(task.problem.start.clone(), model.parameters())
+    plan = task.plan(setting, seed)
+    size = plan.records[0]
+    workers = [(features[i : i + size], targets[i : i + size]) for i in range(0, len(targets), size)]
+    diff2 = Diff2(model, squared, workers, plan)
+    for _ in range(plan.rounds):
+        diff2.step()
+    noise = noise_of_diff2(plan, diff2.space.numel)
+    trace = descend(task.problem, [plan], noise, looks=1)
+    moved = float((trace.x[0] - task.problem.start).norm())
+    itemsize = diff2.x.element_size()
+    return {
+        "far": float((trace.x[0] - diff2.x).norm()) / moved,
+        "bytes": diff2.ledger.sent() / (2 * plan.rounds * plan.workers * diff2.space.numel * itemsize),
+        "epsilon": diff2.spent().epsilon(),
+    }
+
+
+def squared(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
+    return torch.square(model(x).squeeze(-1) - y) / 2
+
+
+def local(cell: Cell) -> Record:
+    """BVR-L-SGD by `Diff2` on the regression, for the settings (rounds, local steps, step size) of the cell."""
+    features, targets = regression(cell["seed"], cell["width"])
+    workers = [(features[i : i + 1000], targets[i : i + 1000]) for i in range(0, 4000, 1000)]
+    runs = []
+    for rounds, steps, lr in cell["settings"]:
+        model = nn.Linear(6, 1, bias=False)
+        nn.init.zeros_(model.weight)
+        plan = Diff2Plan(
+            rounds=rounds,
+            restart_every=max(2, rounds // 3),
+            epsilon=cell["epsilon"],
+            delta=DELTA,
+            clip=cell["clip"],
+            diff_clip=cell["diff_clip"],
+            records=[1000] * 4,
+            routine=BVRLocalSGD(lr, BATCH, steps, cell["diff_clip"]),
+            release="aggregate",
+            seed=cell["seed"],
+        )
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # a grid holds unstable plans, too
+            diff2 = Diff2(model, squared, workers, plan)
+        squares = []
+        with suppress(GradientError):  # the iterate escaped
+            for _ in range(rounds):
+                diff2.step()
+                squares.append(_square(features, targets, diff2.x))
+        squares += [1e30] * (rounds - len(squares))
+        work = sum(diff2.ledger.worked("grad", w) for w in range(4)) / 4000
+        runs.append({"mean": mean(squares), "last": squares[-1], "work": work, "bytes": diff2.ledger.sent()})
+    return {"runs": runs}
+
+
+def _square(features: Tensor, targets: Tensor, w: Tensor) -> float:
+    value = float(((features @ w - targets) @ features / len(targets)).square().sum())
+    return value if math.isfinite(value) else 1e30
