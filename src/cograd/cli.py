@@ -8,7 +8,7 @@ import sys
 from collections.abc import Iterator
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated, Any, NoReturn
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 from rich.console import Console
@@ -16,6 +16,9 @@ from rich.markup import escape
 from rich.table import Column, Table
 
 from cograd import __version__
+
+if TYPE_CHECKING:
+    from cograd.papers._paper import Paper
 
 EXIT_FAILED, EXIT_USAGE, EXIT_DOES_NOT_HOLD = 1, 2, 3
 MIN_RECORDED_SEEDS = 3
@@ -140,7 +143,7 @@ def status(as_json: Json = False) -> None:
     """For every method: is a result recorded, do its claims hold, does it speak for the code as it is."""
     from cograd.papers import every
 
-    rows = [paper.status() for paper in every()]
+    rows = [_status(paper) for paper in every()]
     if as_json:
         _print_json(rows)
         return
@@ -153,6 +156,18 @@ def status(as_json: Json = False) -> None:
         recorded = "recorded" if row["recorded"] else "none"
         table.add_row(f"[bold]{row['slug']}[/]", row["room"], recorded, held, ", ".join(causes) or "-")
     out.print(table)
+
+
+def _status(paper: Paper) -> dict[str, Any]:
+    """A method's status; that its data are not here is a cause of staleness like another."""
+    from cograd.data import DataUnavailable
+
+    try:
+        return paper.status()
+    except DataUnavailable:
+        nothing: dict[str, Any] = {"claims": 0, "holds": None, "held": 0, "unexplained": []}
+        causes = {"recorded": paper.recorded() is not None, "stale": ["its data are not on this machine"]}
+        return {"slug": paper.slug, "room": paper.room, **nothing, **causes}
 
 
 @app.command(context_settings={"ignore_unknown_options": True, "allow_interspersed_args": False})

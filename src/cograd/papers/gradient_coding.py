@@ -420,14 +420,14 @@ def _sd(curve: Mapping[str, Any]) -> list[float]:
 USAGE = """\
 import torch
 from cograd.machines import MSGC, GilbertElliott, GradientCoding, Learner, SimulatedCluster
-
 x, y = torch.randn(512, 20), torch.randn(512, 1)  # your data
 models = [torch.nn.Linear(20, 1) for _ in range(4)]  # trained in turn: a gradient may come 3 rounds late
 loss = lambda model, rows: (model(x[rows]) - y[rows]).square().sum()
-learners = [Learner(m, torch.optim.SGD(m.parameters(), 0.1), loss, lambda k: torch.arange(512)) for m in models]
-cluster = SimulatedCluster(GilbertElliott().trace(90, 16, 0), slope=2.2)  # or MailboxCluster: real processes
+sgd = lambda m: torch.optim.SGD(m.parameters(), 0.1)
+learners = [Learner(m, sgd(m), loss, lambda step: torch.arange(512)) for m in models]
+cluster = SimulatedCluster(GilbertElliott().trace(90, 16, 0), 2.2)
 run = GradientCoding(learners, MSGC(n=16, B=1, W=2, lam=3), cluster)
-run.train(steps=20)  # the weights of plain training; run.wall_clock, run.waits, run.max_load, run.bytes
+run.train(steps=20)  # the weights of plain training; see run.wall_clock, run.waits, run.max_load, run.bytes
 """
 
 PAPER = Paper(
