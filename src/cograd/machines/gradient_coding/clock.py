@@ -158,8 +158,8 @@ def run_clock(
 ) -> Timeline | None:
     """Run a scheme from its first round over ``jobs`` jobs, on delays (rounds, n) at the scheme's load.
 
-    Gives up and returns None when it is certain to take more than ``at_most`` seconds. Raises ValueError if the delays
-    are of another number of workers or of fewer rounds than ``jobs + delay``.
+    Gives up and returns None when it is certain to take more than ``at_most`` seconds. Raises ValueError if the
+    delays are of another number of workers or of fewer rounds than ``jobs + delay``.
     """
     check_protocol(mu, wait)
     rounds = jobs + scheme.delay
