@@ -31,6 +31,7 @@ from cograd.machines import (
     Uncoded,
     select,
 )
+from cograd.machines.baselines import DropSlowest
 from cograd.machines.gradient_coding.choice import fit_slope
 from cograd.machines.gradient_coding.clock import end_of_round, run_clock
 from cograd.machines.gradient_coding.codes import Code, Mask, NotDecodable
@@ -848,6 +849,26 @@ def test_fewer_samples_than_chunks_are_refused() -> None:
     made[0].batch = lambda step: torch.arange(15)
     with pytest.raises(ValueError, match=r"one sample a chunk or more, 16 for MSGC.*rows of shape \(15,\)"):
         GradientCoding(made, MSGC(N, 1, 2, 3), bursts()).train(1)
+
+
+def test_dropping_the_slowest_ends_rounds_early_and_is_not_exact() -> None:
+    scheme, errors = DropSlowest(N, 1), []
+    made, trace = learners(), GilbertElliott().trace(20, N, 0)
+
+    def compare(job: int, total: Tensor) -> None:
+        learner = made[job % M]
+        loss = learner.loss(learner.model, learner.batch(job // M))
+        whole = nn.utils.parameters_to_vector(torch.autograd.grad(loss, list(learner.model.parameters())))
+        errors.append(float((total - whole).norm() / whole.norm()))
+
+    run = GradientCoding(made, scheme, SimulatedCluster(trace, mu=0.0), on_gradient=compare)
+    run.train(4)
+    assert run.wall_clock == pytest.approx(float(np.sort(trace.seconds[:16], axis=1)[:, N - 2].sum()))
+    assert min(errors) > 1e-3
+    assert run.max_load == scheme.load == 1 / N
+    complete = run_clock(scheme, np.ones((3, N)), 3)
+    assert complete is not None
+    assert scheme.ready() == {2: {0: dict.fromkeys(range(N), 1.0)}}
 
 
 def test_a_gradient_that_is_not_finite_stops_the_run_before_the_step() -> None:

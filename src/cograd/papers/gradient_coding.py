@@ -387,7 +387,7 @@ def draw(result: dict[str, Any], path: Path) -> None:
     from cograd.papers._plot import figure
 
     curves = {(c["system"], c["metric"]): c for c in result["curves"]}
-    seeds = len(result["seeds"])
+    seeds, alphas = len(result["seeds"]), curves[PLAIN, "load, %"]["x"]
     title = (
         f"Sequential gradient coding: 256 workers on a clock, 16 in training, {seeds} seed{'s' * (seeds > 1)}"
     )
@@ -404,11 +404,14 @@ def draw(result: dict[str, Any], path: Path) -> None:
                 load.plot(curve["x"], curve["mean"], marker="o", markersize=3, **style)
             if (curve := curves.get((system, "training loss"))) is not None:
                 loss.plot(curves[system, "seconds"]["mean"], curve["mean"], **style)
-        ratio.set(xscale="log", xlabel="alpha, s a unit of load", ylabel="time over that of GC")
-        load.set(
-            xscale="log", yscale="log", xlabel="alpha, s a unit of load", ylabel="load chosen, % of the data"
-        )
-        loss.set(yscale="log", xlabel="simulated seconds (16 workers)", ylabel="training loss")
+        ratio.axhline(1, color=COLOURS[PLAIN], linewidth=0.8)
+        for axes in (ratio, load):
+            axes.set(xscale="log", xlabel="alpha, s a unit of load")
+            axes.set_xticks(alphas, [f"{alpha:g}" for alpha in alphas])
+            axes.set_xticks([], minor=True)
+        ratio.set(ylabel="time over that of GC")
+        load.set(yscale="log", ylabel="load chosen, % of the data")
+        loss.set(xlabel="simulated seconds (16 workers)", ylabel="training loss")
         names = {"ncols": 4, "loc": "outside lower center", "frameon": False}
         ratio.figure.legend(*ratio.get_legend_handles_labels(), **names)
 

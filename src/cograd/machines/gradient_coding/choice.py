@@ -15,6 +15,9 @@ from cograd.machines.gradient_coding.schemes import GC, MSGC, SRSGC, Scheme, Unc
 WINDOW = 9
 """Longest W that is tried for selective repetition."""
 
+SPREAD = 16
+"""Of the candidates in order of load, one in so many is tried first."""
+
 
 def fit_slope(loads: Sequence[float], seconds: Sequence[float]) -> tuple[float, float]:
     """The line runtime = base + slope * load by least squares, from mean runtimes at some loads: (base, slope).
@@ -115,14 +118,15 @@ def select(
         )
     families = {}
     for name in schemes:
+        candidates = sorted(FAMILIES[name](trace.n, max_delay), key=lambda s: s.load)
         best: tuple[Scheme, float] | None = None
-        for scheme in sorted(FAMILIES[name](trace.n, max_delay), key=lambda s: s.load):
-            delays = trace.at(scheme.load, slope)
+        for scheme in (*candidates[::SPREAD], *candidates):  # a good one early makes the others give up early
             limit = best[1] if best else np.inf
-            if float(delays[:jobs].min(1).sum()) >= limit:  # no round is shorter than its fastest worker
-                break
-            timeline = run_clock(scheme, delays, jobs, mu, wait, at_most=limit)
-            if timeline is not None and timeline.total < limit:
+            timeline = run_clock(scheme, trace.at(scheme.load, slope), jobs, mu, wait, at_most=limit)
+            if timeline is not None and (timeline.total, scheme.load) < (
+                limit,
+                best[0].load if best else np.inf,
+            ):
                 best = scheme, timeline.total
         if best is not None:
             families[name] = best

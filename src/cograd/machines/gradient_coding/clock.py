@@ -158,8 +158,8 @@ def run_clock(
 ) -> Timeline | None:
     """Run a scheme from its first round over ``jobs`` jobs, on delays (rounds, n) at the scheme's load.
 
-    Gives up and returns None when more than ``at_most`` seconds have passed. Raises ValueError if the delays
-    are of another number of workers or of fewer rounds than ``jobs + delay``.
+    Gives up and returns None when it is certain to take more than ``at_most`` seconds. Raises ValueError if the
+    delays are of another number of workers or of fewer rounds than ``jobs + delay``.
     """
     check_protocol(mu, wait)
     rounds = jobs + scheme.delay
@@ -170,12 +170,15 @@ def run_clock(
     scheme.restart(jobs)
     lasted, waited = np.zeros(rounds), np.zeros(rounds, dtype=bool)
     stragglers = np.zeros((rounds, scheme.n), dtype=bool)
-    left = at_most
+    # seconds from a round on, at least: no round with a new job is shorter than its fastest worker
+    fastest = np.zeros(rounds + 1)
+    fastest[:jobs] = np.cumsum(seconds[:jobs].min(1)[::-1])[::-1]
+    left = at_most * (1 + 1e-12)
     for r in range(rounds):
         lasted[r], waited[r] = end_of_round(scheme, seconds[r], mu, wait)
         stragglers[r] = scheme.busy() & (seconds[r] > lasted[r])
         scheme.complete(r, ~stragglers[r])
         left -= lasted[r]
-        if left < 0:
+        if left < fastest[r + 1]:
             return None
     return Timeline(lasted, waited, stragglers)

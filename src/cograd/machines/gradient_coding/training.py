@@ -53,8 +53,10 @@ class GradientCoding:
         on_gradient: called with each job and its decoded sum (numel,), float64, before its model's step.
 
     ``wall_clock`` in seconds, ``waits`` (rounds that were waited out), ``max_load`` (largest share of a job's
-    samples that a worker touched in a round) and ``updates`` (jobs done) tell how it went. Memory: for each job
-    in flight, one vector for what is summed and one for each coded result (float64 and ``dtype``, numel each).
+    samples that a worker touched in a round) and ``updates`` (jobs done) tell how it went. A retry needs the
+    weights that its job began with: as T <= M - 1, a model has at most one job in flight and keeps them until
+    that is done. Memory: for each job in flight, one vector for what is summed and one for each coded result
+    (float64 and ``dtype``, numel each).
 
     Raises ValueError for a scheme with a delay above M - 1, which would use stale gradients, or of another
     number of workers than the cluster has; and what `Bench` raises.
