@@ -83,7 +83,7 @@ def test_desketch_is_the_adjoint_across_blocks(kind: str) -> None:
 
 
 def test_dense_kinds_draw_the_same_matrix_in_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("cograd.machines.linear_sketch.kinds.BLOCK", 8)  # tiles of 64 entries of 150 columns
+    monkeypatch.setattr("cograd.machines.linear_sketch.kinds.TILE", 64)  # tiles of 64 entries of 150 columns
     for kind in ("gaussian", "ams"):
         sketch = Sketch(150, 7, kind)
         matrix = sketch.T(torch.eye(7, dtype=F64), 3)
@@ -160,10 +160,9 @@ def test_r_depends_on_seed_and_round_and_nothing_else(kind: str) -> None:
     assert len({sketch.digest(2), sketch.digest(3), Sketch(1000, 100, kind, seed=2).digest(2)}) == 3
 
 
-@EVERY_KIND
+@pytest.mark.parametrize("kind", ["srht", "countsketch", "sparse", "random-k"])
 def test_the_number_of_threads_changes_no_bit_of_the_desketch(kind: str) -> None:
-    if kind in ("gaussian", "ams"):
-        pytest.skip("a matrix product: its last bits may differ, as the docstring says")
+    """That of the dense kinds is a matrix product, as the docstring says."""
     sketch, y = Sketch(300_000, 3000, kind), numbers(3000, dtype=torch.float32)
     threads = torch.get_num_threads()
     alone = sketch.T(y, 0)
@@ -228,7 +227,7 @@ def test_an_srht_makes_one_vector_of_the_padded_size() -> None:
             use(given_, 0)
         made = sorted(n for ptr, n in sizes.made.items() if ptr != given_.untyped_storage().data_ptr())
         assert made[-1] == 2**20
-        assert [n for n in made[:-1] if n > 2**18] == ([out] if out > 2**18 else [])
+        assert [n for n in made[:-1] if n > 2**17] == ([out] if out > 2**17 else [])
 
 
 def test_a_large_transform_is_the_small_ones_bits(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -35,7 +35,7 @@ def test_the_attack_solves_a_linear_problem() -> None:
 def test_the_optimum_is_one(name: str) -> None:
     """Gradient descent from zero comes nearer to it at every step and never below."""
     problem = cells.problem(name)
-    record = cells.descend("dense", 0, name, 0, 1.0, 1, 12, 0.0, True, 0, 0.0)
+    record = cells.descend("dense", 0, name, 0, 1.0, 1, 12, 0.0, True, {})
     assert record["gaps"][0] == 1
     assert all(0 < b < a for a, b in zip(record["gaps"], record["gaps"][1:], strict=False))
     assert problem.smoothness > 0
@@ -46,7 +46,7 @@ def test_the_optimum_is_one(name: str) -> None:
 
 
 def test_a_run_that_diverges_is_given_up() -> None:
-    record = cells.descend("countsketch", 0, "digits", 16, 16.0, 1, 50, 0.01, True, 0, 0.0)
+    record = cells.descend("countsketch", 0, "digits", 16, 16.0, 1, 50, 0.01, True, {})
     assert record["rounds"] is None
     assert len(record["gaps"]) < 50
     assert linear_sketch.rounds(record) == float("inf")

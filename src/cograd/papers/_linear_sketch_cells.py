@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
@@ -128,12 +128,11 @@ def descend(
     limit: int,
     target: float,
     redraw: bool,
-    k: int,
-    momentum: float,
+    fetch: Mapping[str, Any],
 ) -> dict[str, Any]:
     """Run a system until the share ``target`` of the gap is left, it diverged, or ``limit`` rounds.
 
-    ``system`` is ``dense``, ``fetchsgd`` (which has ``k`` and ``momentum``) or a sketch's kind; ``step`` is in
+    ``system`` is ``dense``, ``fetchsgd`` (with ``fetch`` as its arguments) or a sketch's kind; ``step`` is in
     units of 1/L. ``rounds`` is None if the target was not reached, ``floats`` what a client uploads in a round,
     ``gaps`` the share of the gap that is left after 0, 1, ... rounds.
     """
@@ -142,7 +141,7 @@ def descend(
     model = task.model()
     numel = sum(p.numel() for p in model.parameters())
     if system == "fetchsgd":
-        advance = _fetch(task, model, seed, rows, lr, k, momentum)
+        advance = _fetch(task, model, seed, rows, lr, **fetch)
     else:
         kind = Sketch if redraw else _Frozen
         sketch = None if system == "dense" else kind(numel, rows, system, seed=seed)
@@ -173,15 +172,12 @@ class _Frozen(Sketch):
         return super()._use(vector, 0, transposed)
 
 
-FETCH_TABLES = 5
-
-
 def _fetch(
-    task: Problem, model: nn.Linear, seed: int, rows: int, lr: float, k: int, momentum: float
+    task: Problem, model: nn.Linear, seed: int, rows: int, lr: float, tables: int, **options: Any
 ) -> Callable[[], object]:
     """Its tables add up too: one worker with the examples of all clients stands for their sum."""
     inputs, targets = (torch.cat(parts) for parts in zip(*task.clients(), strict=True))
-    exchange = FetchSGD(rows // FETCH_TABLES, k, tables=FETCH_TABLES, momentum=momentum, seed=seed)
+    exchange = FetchSGD(rows // tables, tables=tables, seed=seed, **options)
     optimizer = torch.optim.SGD(model.parameters(), lr=lr, weight_decay=L2)
     simulation = Simulation(model, optimizer, [exchange])
 

@@ -19,9 +19,11 @@ from torch import Tensor
 from cograd.core.streams import Stream
 from cograd.machines.linear_sketch.hadamard import fwht_
 
-BLOCK = 1 << 17
-"""Columns drawn at once by the sparse kinds and for signs; entries drawn at once by the dense kinds are 8 times
-as many. What a block needs stays in the processor's cache."""
+BLOCK = 3 << 13
+"""Columns drawn at once by the sparse kinds and for signs: what they need stays in the processor's cache, and
+torch does not divide its operators on them among threads, which would then wait for each other all the time."""
+TILE = 1 << 20
+"""Entries of R drawn at once by the dense kinds."""
 
 
 class Kind(Protocol):
@@ -73,7 +75,7 @@ class Dense:
 
     def _tiles(self, draws: Stream) -> Iterator[tuple[slice, slice, Tensor]]:
         """R as tiles of unit variance, in whole rows where one fits."""
-        height, width = max(1, 8 * BLOCK // self.numel), min(self.numel, 8 * BLOCK)
+        height, width = max(1, TILE // self.numel), min(self.numel, TILE)
         for rows in _slices(self.rows, height):
             for columns in _slices(self.numel, width):
                 shape = rows.stop - rows.start, columns.stop - columns.start

@@ -24,7 +24,8 @@ class GaussianDP:
     the second would start from what was not yet made private.
 
     The guarantee is for adding or removing one example of one client, against whoever sees all of its
-    sketches; ``delta`` is the user's. Raises ValueError at construction for an argument out of range.
+    sketches; the number of its examples is public, ``delta`` is the user's, and noise is float32 arithmetic,
+    with no defence against attacks on its last bits. Raises ValueError at construction for an argument out of range.
     """
 
     clip: float
