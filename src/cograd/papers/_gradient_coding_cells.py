@@ -49,6 +49,7 @@ PROBE = 80
 # straggles, and the probability that it goes on straggling.
 SETTINGS: Mapping[str, tuple[float, Wait, float, float]] = {
     "standard": (1.0, "conforming", GilbertElliott().straggling, GilbertElliott().stay),
+    "480 jobs": (1.0, "conforming", GilbertElliott().straggling, GilbertElliott().stay),
     "wait for all": (1.0, "all", GilbertElliott().straggling, GilbertElliott().stay),
     "impatient": (0.0, "conforming", GilbertElliott().straggling, GilbertElliott().stay),
     "bursts": (1.0, "conforming", GilbertElliott().straggling, 0.6),
@@ -59,7 +60,7 @@ SETTINGS: Mapping[str, tuple[float, Wait, float, float]] = {
 def delays(setting: str, rounds: int, n: int, seed: int) -> Trace:
     """Delays of a seed."""
     _, _, share, stay = SETTINGS[setting]
-    return GilbertElliott(share * (1 - stay) / (1 - share), stay).trace(rounds, n, seed, setting)
+    return GilbertElliott(share * (1 - stay) / (1 - share), stay).trace(rounds, n, seed)
 
 
 def choose(cell: Cell) -> Record:

@@ -203,7 +203,8 @@ class StreamingDiLoCo:
         if self.flush_at_end:
             self.flush()
         for exchange in self._in_flight:
-            self._read(exchange)  # it stays in flight, and the process group may end
+            if exchange.pending is not None:
+                exchange.pending.wait()  # it stays in flight, and the process group may end
 
     def _before_step(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
         if self._swapped:
