@@ -5,13 +5,8 @@
 Two worker processes over gloo, a GPT of 0.3 M parameters in three fragments, H = 12, tau = 2, alpha = 0.5,
 AdamW inside and SGD with Nesterov momentum outside. Both start from the same weights and see the same batches.
 After 3 H steps the replicas' and the outer parameters are compared. Both are trained in turn, and the time of
-<<<<<<< HEAD
-every step is taken. Needs torchft 0.2 (``pip install torchft``), which brings a lighthouse and a manager;
-both run on a CPU.
-=======
 every step is taken. Needs torchft 0.2 (``pip install torchft``), which brings a lighthouse and a manager; both
 run on a CPU.
->>>>>>> streaming-diloco
 """
 
 from __future__ import annotations

@@ -25,7 +25,9 @@ class GaussianDP:
 
     The guarantee is for adding or removing one example of one client, against whoever sees all of its
     sketches; the number of its examples is public, ``delta`` is the user's, and noise is float32 arithmetic,
-    with no defence against attacks on its last bits. Raises ValueError at construction for an argument out of range.
+    with no defence against attacks on its last bits.
+
+    Raises ValueError at construction for an argument out of range.
     """
 
     clip: float
