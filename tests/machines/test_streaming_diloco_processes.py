@@ -66,7 +66,6 @@ def test_replicas_that_differ_are_refused_on_entry_and_overlap_may_differ(pool: 
 
 
 @pytest.mark.parametrize("exact", [False, True])
-@pytest.mark.xfail(reason="what the pool says after an error differs from the simulation; open", strict=False)
 def test_all_replicas_name_the_one_whose_outer_gradient_is_not_finite(pool: Pool, exact: bool) -> None:
     for rank in pool("not_finite_on_rank_1", exact=exact):
         assert rank["said"] == (
@@ -77,7 +76,6 @@ def test_all_replicas_name_the_one_whose_outer_gradient_is_not_finite(pool: Pool
         assert rank["received"] == 0
 
 
-@pytest.mark.xfail(reason="what the pool says after an error differs from the simulation; open", strict=False)
 def test_outer_parameters_that_drifted_are_found_at_the_next_exchange(pool: Pool) -> None:
     for said in pool("drifted_on_rank_1"):
         assert said == (
@@ -86,6 +84,5 @@ def test_outer_parameters_that_drifted_are_found_at_the_next_exchange(pool: Pool
         )
 
 
-@pytest.mark.xfail(reason="what the pool says after an error differs from the simulation; open", strict=False)
 def test_averaging_after_every_sgd_step_is_data_parallel_sgd(pool: Pool) -> None:
     assert max(pool("data_parallel")) < 1e-6

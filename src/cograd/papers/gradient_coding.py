@@ -231,9 +231,9 @@ def _training_claims(runs: Runs, coded: Sequence[str]) -> list[Claim]:
 
 
 REASONS = {
-    "long.no-gain.1.12": "With 480 jobs the T = 3 rounds that fill M-SGC's pipeline are 0.6 % of the time, with "
-    "120 jobs 2.5 %: what is left is a gain of 1 to 2 %. The choice there is B = 2, W = 3, lambda = n: no D2, so "
-    "only repeated straggling makes it wait.",
+    "long.no-gain.1.12": "With 480 jobs the T = 3 rounds that fill M-SGC's pipeline are 0.6 % of the time, "
+    "with 120 jobs 2.5 %: what is left is a gain of 1 to 2 %. The choice there is B = 2, W = 3, lambda = n: "
+    "no D2, so only repeated straggling makes it wait.",
 }
 
 
