@@ -138,6 +138,48 @@ def demo(
     _run(_find("dgc"), "demo", 1, to, None)
 
 
+class Room(StrEnum):
+    """Rooms whose methods can be compared."""
+
+    machines = "machines"
+
+
+@app.command()
+def compare(
+    room: Annotated[Room, typer.Argument(help="The room whose methods are compared.")],
+    data: Annotated[str, typer.Option(help="A data set of images.")] = "mnist-5k",
+    model: Annotated[str, typer.Option(help="mlp or softmax.")] = "mlp",
+    workers: Annotated[int, typer.Option(help="Worker processes.")] = 4,
+    link: Annotated[str, typer.Option(help="Each worker's link, such as 100mbit or 10mbit@20ms.")] = "100mbit",
+    budget: Annotated[float, typer.Option(help="Minutes; fewer means fewer epochs.")] = 20.0,
+    seeds: Annotated[int, typer.Option(help="Number of seeds.")] = 3,
+    to: Annotated[Path | None, typer.Option("--out", help="Folder for cells, result and picture.")] = None,
+) -> None:
+    """Every applicable method of a room on the same data, model, steps and seeds. A rerun continues."""
+    from cograd.papers import _arena
+
+    folder = to or Path("runs") / f"compare-{room.value}"
+    try:
+        setting = _arena.Setting(data, model, workers, link, budget, seeds)
+        result = _arena.compare(setting, folder, err)
+    except ValueError as error:
+        _usage(str(error))
+    _arena.save(result, folder)
+    columns = ("accuracy, %", "kB sent", "link, s", "kept, kB", "work a worker")
+    table = Table(Column("system", no_wrap=True), *(Column(c, justify="right") for c in columns), box=None)
+    for row in result["rows"]:
+        spread = "" if row["sd"] is None else f" \u00b1 {row['sd']:.2f}"
+        sizes = (f"{row['bytes'] / 1000:,.1f}", f"{row['link_seconds']:,.2f}", f"{row['memory'] / 1000:,.0f}")
+        table.add_row(row["system"], f"{row['accuracy']:.2f}{spread}", *sizes, row["work"])
+    out.print(table)
+    for row in result["rows"]:
+        if row["note"]:
+            out.print(f"{row['system']}: {row['note']}", highlight=False, soft_wrap=True)
+    for name, why in result["not_applicable"].items():
+        out.print(f"{name} is not compared: it {why}", highlight=False, soft_wrap=True)
+    err.print(f"result {folder / 'result.json'}, picture {folder / 'result.png'}", soft_wrap=True)
+
+
 @app.command()
 def status(as_json: Json = False) -> None:
     """For every method: is a result recorded, do its claims hold, does it speak for the code as it is."""
