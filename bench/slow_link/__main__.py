@@ -1,11 +1,16 @@
-"""Time to target accuracy over slow links, system by system.
+"""Time to target over slow links, system by system.
 
-    python -m bench.slow_link [--rates 10 100 1000] [--seeds 0 1 2] [--systems dense dgc ...] [--epochs 24]
+    python -m bench.slow_link [--workload mlp] [--rates 10 100 1000] [--seeds 0 1 2] [--systems dense dgc ...]
 
-Four hosts in network namespaces train the same MLP (5 million parameters, MNIST-5k) with `torchrun`. Steps to
-target are counted once, on links that are not shaped; seconds a step are the median of shaped steps, for each
-stage of a warm-up by itself; time to target is their sum. That 20 shaped steps give the same bits as 20
-unshaped ones is checked. Every cell is saved under ``runs/slow-link`` and a rerun continues. Needs root.
+Four hosts in network namespaces train the same model with `torchrun`: ``mlp`` is an MLP of 5 million
+parameters on MNIST-5k for 24 epochs, ``lm`` a GPT of 5.5 million on tiny-shakespeare for 800 steps. Quality is
+measured once, on links that are not shaped; seconds a step are those of shaped steps, for each stage of a
+warm-up by itself: the median of 20, or for systems that exchange now and then the mean over two whole periods.
+Time to target is their sum. That 20 shaped steps give the same bits as 20 unshaped ones is checked.
+
+``--complete`` also makes one whole shaped run a system at the first rate, to be held against that sum.
+``--latency 20`` adds what 20 ms a message round would take to each step, by the link model, as the kernel cannot
+delay packets everywhere (netem). Every cell is saved under ``runs/slow-link`` and a rerun continues. Needs root.
 """
 
 from __future__ import annotations
@@ -21,13 +26,18 @@ from statistics import mean, median
 from typing import Any
 
 from bench.slow_link.net import Network, NotPermitted, address, namespace, within
-from bench.slow_link.train import PAPER_WARMUP, STEPS, SYSTEMS
+from bench.slow_link.train import EPOCH, PAPER_WARMUP, PERIODIC, SYNC, SYSTEMS, WORKLOADS
 from rich.console import Console
 from rich.table import Table
 
 HOSTS = 4
 SKIPPED, TIMED = 5, 20  # steps before, and in, a measurement
+PERIODS = 2
 PATIENCE = 3600
+STEPS = {"mlp": 24 * EPOCH, "lm": 800}
+BETTER_IS_HIGHER = {"mlp": True, "lm": False}
+ROUNDS = {"dense": 6, "fp16": 6, "sketch": 6, "dgc": 2, "one-byte": 2}
+"""Messages one after another in a step: 2 (N - 1) of a ring, two collectives of an all-gather."""
 
 Record = dict[str, Any]
 
@@ -35,8 +45,8 @@ Record = dict[str, Any]
 class Lab:
     """Cells on disk, and the runs that make them."""
 
-    def __init__(self, out: Path, console: Console) -> None:
-        self.out, self.console = out, console
+    def __init__(self, workload: str, steps: int, out: Path, console: Console) -> None:
+        self.workload, self.steps, self.out, self.console = workload, steps, out, console
         out.mkdir(parents=True, exist_ok=True)
 
     def cell(
@@ -44,15 +54,31 @@ class Lab:
     ) -> Record:
         """The record of a run; computed if it is not there yet."""
         speed = "unshaped" if rate is None else f"{rate:g}mbit"
-        path = self.out / f"{system}-seed{seed}-{speed}-{steps}steps-stage{stage}{'-eval' * evaluate}.json"
+        name = f"{self.workload}-{system}-seed{seed}-{speed}-{steps}of{self.steps}-stage{stage}"
+        path = self.out / f"{name}{'-eval' * evaluate}.json"
         if not path.exists():
             self.console.print(f"{path.stem} ...", highlight=False)
             part = path.with_suffix(".part")
-            arguments = ["--system", system, "--seed", seed, "--steps", steps, "--stage", stage, "--out", part]
+            arguments = ["--workload", self.workload, "--system", system, "--seed", seed, "--steps", steps]
+            arguments += ["--planned", self.steps, "--stage", stage, "--out", part]
             with Network(HOSTS, rate):
                 torchrun([*map(str, arguments), *(["--evaluate"] if evaluate else [])])
             os.replace(part, path)
         return dict(json.loads(path.read_text()))
+
+    def whole(self, system: str, seed: int) -> Record:
+        """A whole run on links that are not shaped."""
+        return self.cell(system, seed, None, self.steps, evaluate=True)
+
+    def step_seconds(self, system: str, rate: float, stage: int) -> float:
+        if system in PERIODIC:
+            record = self.cell(system, 0, rate, 2 * PERIODS * SYNC, stage)
+            return mean(record["seconds"][-PERIODS * SYNC :])
+        return median(self.cell(system, 0, rate, SKIPPED + TIMED, stage)["seconds"][SKIPPED:])
+
+    def costs(self, system: str, rate: float) -> dict[int, float]:
+        """Seconds a step of each stage of a system's warm-up."""
+        return {stage: self.step_seconds(system, rate, stage) for stage in stages_of(system, self.steps)}
 
 
 def torchrun(arguments: Sequence[str]) -> None:
@@ -81,46 +107,51 @@ def torchrun(arguments: Sequence[str]) -> None:
         raise RuntimeError(f"host {failed[0]} failed:\n{outputs[failed[0]][-2000:]}")
 
 
-def seconds_a_step(lab: Lab, system: str, rate: float, stage: int) -> float:
-    return median(lab.cell(system, 0, rate, SKIPPED + TIMED, stage)["seconds"][SKIPPED:])
-
-
 def stages_of(system: str, steps: int) -> dict[int, int]:
     """Steps that a run of ``steps`` spends in each stage of its warm-up; stage -1 where it has none."""
     if system != "dgc":
         return {-1: steps}
-    spent = {stage: max(0, min(STEPS, steps - stage * STEPS)) for stage in range(len(PAPER_WARMUP))}
-    return {**spent, len(PAPER_WARMUP): max(0, steps - len(PAPER_WARMUP) * STEPS)}
+    spent = {stage: max(0, min(EPOCH, steps - stage * EPOCH)) for stage in range(len(PAPER_WARMUP))}
+    return {**spent, len(PAPER_WARMUP): max(0, steps - len(PAPER_WARMUP) * EPOCH)}
 
 
-def steps_to(accuracy: Sequence[float], target: float) -> int | None:
-    """Steps until the accuracy after an epoch is at the target; None if it never is."""
-    return next(((epoch + 1) * STEPS for epoch, value in enumerate(accuracy) if value >= target), None)
+def seconds_of(system: str, steps: int, costs: dict[int, float]) -> float:
+    return sum(n * costs[stage] for stage, n in stages_of(system, steps).items())
+
+
+def steps_to(quality: Sequence[float], target: float, higher: bool) -> int | None:
+    """Steps until the quality after an epoch reaches the target; None if it never does."""
+    reached = (value >= target if higher else value <= target for value in quality)
+    return next(((epoch + 1) * EPOCH for epoch, there in enumerate(reached) if there), None)
+
+
+def target_of(workload: str, final: dict[str, list[float]]) -> float:
+    """mlp: half a point below dense. lm: the worst final loss of all systems but one-byte."""
+    if workload == "mlp":
+        return mean(final["dense"]) - 0.5
+    return max(mean(values) for system, values in final.items() if system != "one-byte")
 
 
 def report(lab: Lab, args: argparse.Namespace) -> Record:
     """All cells, and the rows of the table."""
-    steps = args.epochs * STEPS
-    trained = {s: [lab.cell(s, seed, None, steps, evaluate=True) for seed in args.seeds] for s in args.systems}
-    final = {s: mean(r["accuracy"][-1] for r in records) for s, records in trained.items()}
+    whole = {s: [lab.whole(s, seed) for seed in args.seeds] for s in args.systems}
+    final = {s: [r["quality"][-1] for r in records] for s, records in whole.items()}
+    target, higher = target_of(lab.workload, final), BETTER_IS_HIGHER[lab.workload]
     rows = []
-    for system in args.systems:
-        for rate in args.rates:
-            cost = {stage: seconds_a_step(lab, system, rate, stage) for stage in stages_of(system, steps)}
-            whole = sum(n * cost[stage] for stage, n in stages_of(system, steps).items())
-            times = []
-            for record in trained[system]:
-                needed = steps_to(record["accuracy"], args.target)
-                if needed is not None:
-                    times.append(sum(n * cost[stage] for stage, n in stages_of(system, needed).items()))
+    for rate in args.rates:
+        for system in args.systems:
+            costs = lab.costs(system, rate)
+            costs = {stage: c + args.latency / 1000 * ROUNDS.get(system, 6) for stage, c in costs.items()}
+            needed = [steps_to(record["quality"], target, higher) for record in whole[system]]
+            times = [seconds_of(system, n, costs) for n in needed if n is not None]
             rows.append(
                 {
                     "system": system,
                     "mbit": rate,
-                    "accuracy": final[system],
-                    "step_seconds": cost[max(cost)],
-                    "run_seconds": whole,
-                    "target_seconds": mean(times) if len(times) == len(args.seeds) else None,
+                    "quality": final[system],
+                    "step_seconds": costs[max(costs)],
+                    "run_seconds": seconds_of(system, lab.steps, costs),
+                    "target_seconds": mean(times) if len(times) == len(needed) else None,
                 }
             )
     rate = args.rates[0]
@@ -128,42 +159,55 @@ def report(lab: Lab, args: argparse.Namespace) -> Record:
         system: lab.cell(system, 0, rate, TIMED)["digest"] == lab.cell(system, 0, None, TIMED)["digest"]
         for system in args.systems
     }
-    return {"rows": rows, "shaping_keeps_the_bits": same, "target": args.target, "epochs": args.epochs}
+    found = {"rows": rows, "shaping_keeps_the_bits": same, "target": target, "workload": lab.workload}
+    for system in args.complete:
+        real = sum(lab.cell(system, 0, rate, lab.steps)["seconds"])
+        found.setdefault("complete", {})[system] = {
+            "measured": real,
+            "summed": seconds_of(system, lab.steps, lab.costs(system, rate)),
+        }
+    return {**found, "latency_ms": args.latency, "steps": lab.steps, "seeds": args.seeds}
 
 
 def table(found: Record) -> Table:
-    shown = Table(title=f"{found['epochs']} epochs; time to {found['target']:g} % test accuracy")
-    for column in ("system", "Mbit/s", "accuracy", "s a step", "min a run", "min to target"):
+    unit = "accuracy, %" if found["workload"] == "mlp" else "nats a character"
+    shown = Table(title=f"{found['workload']}, {found['steps']} steps; target {found['target']:.3f} {unit}")
+    for column in ("system", "Mbit/s", unit, "s a step", "min a run", "min to target", "of dense"):
         shown.add_column(column, justify="left" if column == "system" else "right")
+    dense = {row["mbit"]: row["target_seconds"] for row in found["rows"] if row["system"] == "dense"}
     for row in found["rows"]:
-        target = row["target_seconds"]
+        target, base = row["target_seconds"], dense.get(row["mbit"])
         shown.add_row(
             row["system"],
             f"{row['mbit']:g}",
-            f"{row['accuracy']:.2f}",
+            f"{mean(row['quality']):.3f}",
             f"{row['step_seconds']:.3f}",
             f"{row['run_seconds'] / 60:.1f}",
-            "never" if target is None else f"{target / 60:.1f}",
+            "never" if target is None else f"{target / 60:.2f}",
+            "-" if target is None or not base else f"{target / base:.3f}",
         )
     return shown
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--workload", choices=WORKLOADS, default="mlp")
     parser.add_argument("--rates", type=float, nargs="+", default=[10, 100, 1000], help="Mbit/s")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--systems", nargs="+", choices=SYSTEMS, default=list(SYSTEMS))
-    parser.add_argument("--epochs", type=int, default=24)
-    parser.add_argument("--target", type=float, default=94.0, help="test accuracy, percent")
+    parser.add_argument("--steps", type=int, help="of a whole run, if others than the workload's")
+    parser.add_argument("--latency", type=float, default=0.0, help="modelled, ms a message round")
+    parser.add_argument("--complete", nargs="*", choices=SYSTEMS, default=[])
     parser.add_argument("--out", type=Path, default=Path("runs/slow-link"))
     args = parser.parse_args()
     console = Console(stderr=True)
+    lab = Lab(args.workload, args.steps or STEPS[args.workload], args.out, console)
     try:
-        found = report(Lab(args.out, console), args)
+        found = report(lab, args)
     except NotPermitted as error:
         console.print(str(error), style="red")
         return 3
-    (args.out / "found.json").write_text(json.dumps(found, indent=1))
+    (args.out / f"{args.workload}.json").write_text(json.dumps(found, indent=1))
     Console().print(table(found))
     return 0 if all(found["shaping_keeps_the_bits"].values()) else 1
 
