@@ -9,8 +9,8 @@ warm-up by itself: the median of 20, or for systems that exchange now and then t
 Time to target is their sum. That 20 shaped steps give the same bits as 20 unshaped ones is checked.
 
 ``--complete`` also makes one whole shaped run a system at the first rate, to be held against that sum.
-``--latency 20`` adds what 20 ms a message round would take to each step, by the link model, as the kernel cannot
-delay packets everywhere (netem). Every cell is saved under ``runs/slow-link`` and a rerun continues. Needs root.
+``--latency 20`` adds what 20 ms a message round would take to each step, by the link model, as not every kernel
+can delay packets (netem). Every cell is saved under ``runs/slow-link`` and a rerun continues. Needs root.
 """
 
 from __future__ import annotations
