@@ -1,10 +1,11 @@
 """Sequential gradient coding (arXiv:2211.13802): workers share coded sums, and nobody waits for the slow ones.
 
 n workers compute parts of a job's gradient and send sums of them; a master gets the exact sum of all samples'
-gradients from whichever answers come in time. Gradient coding (GC) lets each worker compute s + 1 of n chunks and
-decodes from any n - s answers. Where several models are trained in turn, a gradient may come T rounds late, and
-stragglers can be coded against over time: SR-SGC repeats a task that failed B rounds ago; M-SGC retries most of
-the data and codes the rest, at a load near the least possible, for W - 1 + B vectors a round instead of one.
+gradients from whichever answers come in time. Gradient coding (GC) lets each worker compute s + 1 of n chunks
+and decodes from any n - s answers. Where several models are trained in turn, a gradient may come T rounds
+late, and stragglers can be coded against over time: SR-SGC repeats a task that failed B rounds ago; M-SGC
+retries most of the data and codes the rest, at a load near the least possible, for W - 1 + B vectors a round
+instead of one.
 
 - `codes`: what a worker sends, and the weights that decode (Sec. 3.1, GC);
 - `schemes`: uncoded, GC, SR-SGC, M-SGC: tasks, straggler models, when a job is done (Sec. 3.1 to 3.3);

@@ -1,10 +1,10 @@
 """Just One Byte (arXiv:2306.10015): fine-tuning over a network at one byte a gradient estimate.
 
-M machines hold the same model and their own data. Each measures the loss at theta + eps z and theta - eps z for
-directions z that follow from a common seed, the round, the machine and the sample, and sends the projected
-gradient p = (l+ - l-) / (2 eps) as one byte. Everyone draws everyone's z again and takes the same step
-theta <- theta - (eta / n) p z for each estimate, so the replicas stay equal bit for bit, whatever the model's size.
-No backward pass, no optimizer state.
+M machines hold the same model and their own data. Each measures the loss at theta + eps z and theta - eps z
+for directions z that follow from a common seed, the round, the machine and the sample, and sends the
+projected gradient p = (l+ - l-) / (2 eps) as one byte. Everyone draws everyone's z again and takes the same
+step theta <- theta - (eta / n) p z for each estimate, so the replicas stay equal bit for bit, whatever the
+model's size. No backward pass, no optimizer state.
 
 - `codes`: the byte, and the codes it is compared with;
 - `noise`: directions that every machine draws again, and the two halves of a step as functions;
