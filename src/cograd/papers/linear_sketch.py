@@ -514,10 +514,10 @@ def _privacy(runs: Runs) -> Findings:
                     "<=" if asserted else None,
                     2.0 if asserted else None,
                     unit="points",
-                    reason="three seeds of 114 test records, one of which is 0.88 points, do not resolve it: over 40 "
-                    "other seeds the loss at these steps is 1.5 +- 0.3 (SRHT) and 1.4 +- 0.3 (count sketch) points "
-                    "at epsilon 1, and 1.4 +- 0.2 (count sketch) without noise; there the pilot seeds chose half "
-                    "the best step, at which it is 0.4 +- 0.1",
+                    reason="three seeds of 114 test records, one of which is 0.88 points, do not resolve "
+                    "it: over 40 other seeds the loss at these steps is 1.5 +- 0.3 (SRHT) and 1.4 +- 0.3 "
+                    "(count sketch) points at epsilon 1, and 1.4 +- 0.2 (count sketch) without noise; there "
+                    "the pilot seeds chose half the best step, at which it is 0.4 +- 0.1",
                 )
             )
     return Findings(claims, table, [])
