@@ -368,6 +368,10 @@ def _ablations(runs: Runs) -> list[Claim]:
             ">=",
             0.0,
             **sign,
+            reason="The precision of an outer gradient hardly matters at this scale. One after 400 steps "
+            "has a relative error of 0.20 (cosine 0.98) in E3M0 and of 0.56 (0.83) by top-k, yet exact "
+            "float32 gains 0.3 % of the loss only. It is not mixing that saves top-k: with alpha 0 it is "
+            "0.1 and 0.6 % below E3M0 on two pilot seeds.",
         ),
         _claim(
             "freezing",
