@@ -7,11 +7,13 @@ holds a line ``<!-- generated: NAME -->`` gets what ``GENERATED[NAME]()`` return
 from __future__ import annotations
 
 import inspect
+import json
 import re
 import tomllib
 from collections.abc import Callable, Iterable, Sequence
 from importlib import import_module
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import typer
@@ -24,6 +26,7 @@ from cograd import cli, data, papers
 from cograd.papers import Paper
 
 ROOT = Path(__file__).parent.parent
+MEASURED = ROOT / "docs" / "measured"
 MARK = re.compile(r"^<!-- generated: ([\w-]+) -->$", re.MULTILINE)
 VERDICTS = {True: "holds", False: "**does not hold**", None: "reported"}
 
@@ -284,7 +287,53 @@ def _default(parameter: Any) -> str:
     return f"`{getattr(parameter.default, 'value', parameter.default)}`"
 
 
+# What was measured for the whole room.
+
+
+def slow_link_mlp() -> str:
+    """The table of `bench/slow_link` for the MLP: minutes to target, and what of dense's that is."""
+    found = json.loads((MEASURED / "slow-link-mlp.json").read_text())
+    dense = {row["mbit"]: row["target_seconds"] for row in found["rows"] if row["system"] == "dense"}
+    rows = []
+    for row in found["rows"]:
+        took = row["target_seconds"]
+        to_target = ("never", "-") if took is None else (f"{took / 60:.2f}", f"{took / dense[row['mbit']]:.3f}")
+        quality = f"{fmean(row['quality']):.2f} (n = {len(row['quality'])})"
+        rows.append((row["system"], f"{row['mbit']:g}", quality, f"{row['step_seconds']:.3f}", *to_target))
+    heads = ("system", "Mbit/s", "last accuracy, %", "s a step", "min to target", "of dense's")
+    whole = [
+        f"{system}: {run['measured'] / 60:.2f} min measured in one go, {run['summed'] / 60:.2f} by the sum"
+        for system, run in found.get("complete", {}).items()
+    ]
+    checked = f"\n\nOne whole run on the shaped link, as a check: {'; '.join(whole)}." if whole else ""
+    return _table(heads, rows, range(1, 6)) + checked
+
+
+def arena_machines() -> str:
+    """The table of `cograd compare machines`."""
+    found = json.loads((MEASURED / "arena-machines.json").read_text())
+    setting = found["setting"]
+    rows = [
+        (
+            row["system"],
+            f"{row['accuracy']:.2f}" + (f" \u00b1 {row['sd']:.2f}" if row["sd"] is not None else ""),
+            f"{row['bytes'] / 1000:,.1f}",
+            f"{row['link_seconds']:.2f}",
+            f"{row['memory'] / 1000:,.0f}",
+            row["work"],
+            row["note"],
+        )
+        for row in found["rows"]
+    ]
+    heads = ("system", "accuracy, %", "kB sent", f"s at {setting['link']}", "kept, kB", "work of a worker", "")
+    left_out = "; ".join(f"{name} is not in it: it {why}" for name, why in found["not_applicable"].items())
+    about = f"{setting['epochs']} epochs, {setting['seeds']} seeds. {left_out}."
+    return f"{_table(heads, rows, range(1, 6))}\n\n{about}"
+
+
 GENERATED: dict[str, Callable[[], str]] = {
+    "slow-link-mlp": slow_link_mlp,
+    "arena-machines": arena_machines,
     "methods": methods_table,
     "house": house,
     "data-sets": data_table,

@@ -18,6 +18,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import socket
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -26,11 +27,13 @@ from statistics import mean, median
 from typing import Any
 
 from bench.slow_link.net import Network, NotPermitted, address, namespace, within
+from bench.slow_link.picture import draw
 from bench.slow_link.train import EPOCH, PAPER_WARMUP, PERIODIC, SYNC, SYSTEMS, WORKLOADS
 from rich.console import Console
 from rich.table import Table
 
 HOSTS = 4
+RECORDED = Path(__file__).parents[2] / "docs" / "measured"
 SKIPPED, TIMED = 5, 20  # steps before, and in, a measurement
 PERIODS = 2
 PATIENCE = 3600
@@ -61,8 +64,12 @@ class Lab:
             part = path.with_suffix(".part")
             arguments = ["--workload", self.workload, "--system", system, "--seed", seed, "--steps", steps]
             arguments += ["--planned", self.steps, "--stage", stage, "--out", part]
-            with Network(HOSTS, rate):
-                torchrun([*map(str, arguments), *(["--evaluate"] if evaluate else [])])
+            arguments = [*map(str, arguments), *(["--evaluate"] if evaluate else [])]
+            if rate is None:
+                torchrun(arguments, shaped=False)
+            else:
+                with Network(HOSTS, rate):
+                    torchrun(arguments, shaped=True)
             os.replace(part, path)
         return dict(json.loads(path.read_text()))
 
@@ -81,17 +88,24 @@ class Lab:
         return {stage: self.step_seconds(system, rate, stage) for stage in stages_of(system, self.steps)}
 
 
-def torchrun(arguments: Sequence[str]) -> None:
-    """``torchrun --nnodes=4``, one agent and one worker a host. Raises RuntimeError if one fails."""
+def torchrun(arguments: Sequence[str], shaped: bool) -> None:
+    """``torchrun --nnodes=4``, one agent and one worker a host; all on this one if nothing is shaped.
+
+    Raises RuntimeError if an agent fails.
+    """
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
     agents = []
     for host in range(HOSTS):
         command = [
-            *within(namespace(host)),
+            *(within(namespace(host)) if shaped else ()),
             *(sys.executable, "-m", "torch.distributed.run", f"--nnodes={HOSTS}", "--nproc-per-node=1"),
-            *(f"--node-rank={host}", f"--master-addr={address(0)}", "--master-port=29400"),
-            *("-m", "bench.slow_link.train", *arguments),
+            *(f"--node-rank={host}", f"--master-addr={address(0) if shaped else '127.0.0.1'}"),
+            *(f"--master-port={port}", "-m", "bench.slow_link.train", *arguments),
         ]
-        environment = {**os.environ, "GLOO_SOCKET_IFNAME": "eth0", "OMP_NUM_THREADS": "1"}
+        device = "eth0" if shaped else "lo"
+        environment = {**os.environ, "GLOO_SOCKET_IFNAME": device, "OMP_NUM_THREADS": "1"}
         agents.append(
             subprocess.Popen(
                 command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
@@ -134,7 +148,8 @@ def target_of(workload: str, final: dict[str, list[float]]) -> float:
 
 def report(lab: Lab, args: argparse.Namespace) -> Record:
     """All cells, and the rows of the table."""
-    whole = {s: [lab.whole(s, seed) for seed in args.seeds] for s in args.systems}
+    once = dict.fromkeys(args.once, args.seeds[:1])
+    whole = {s: [lab.whole(s, seed) for seed in once.get(s, args.seeds)] for s in args.systems}
     final = {s: [r["quality"][-1] for r in records] for s, records in whole.items()}
     target, higher = target_of(lab.workload, final), BETTER_IS_HIGHER[lab.workload]
     rows = []
@@ -195,10 +210,12 @@ def main() -> int:
     parser.add_argument("--rates", type=float, nargs="+", default=[10, 100, 1000], help="Mbit/s")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--systems", nargs="+", choices=SYSTEMS, default=list(SYSTEMS))
+    parser.add_argument("--once", nargs="*", choices=SYSTEMS, default=[], help="these with the first seed only")
     parser.add_argument("--steps", type=int, help="of a whole run, if others than the workload's")
     parser.add_argument("--latency", type=float, default=0.0, help="modelled, ms a message round")
     parser.add_argument("--complete", nargs="*", choices=SYSTEMS, default=[])
     parser.add_argument("--out", type=Path, default=Path("runs/slow-link"))
+    parser.add_argument("--record", action="store_true", help="make it what the docs show")
     args = parser.parse_args()
     console = Console(stderr=True)
     lab = Lab(args.workload, args.steps or STEPS[args.workload], args.out, console)
@@ -207,7 +224,10 @@ def main() -> int:
     except NotPermitted as error:
         console.print(str(error), style="red")
         return 3
-    (args.out / f"{args.workload}.json").write_text(json.dumps(found, indent=1))
+    for folder in (args.out, *([RECORDED] if args.record else [])):
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / f"slow-link-{args.workload}.json").write_text(json.dumps(found, indent=1) + "\n")
+        draw(found, folder / f"slow-link-{args.workload}.png")
     Console().print(table(found))
     return 0 if all(found["shaping_keeps_the_bits"].values()) else 1
 

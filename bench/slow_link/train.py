@@ -145,9 +145,9 @@ def _descend(model: nn.Module, load: Workload, optimizer: torch.optim.Optimizer)
     return step
 
 
-def _ddp(register: Callable[[DistributedDataParallel], None]) -> Start:
+def _ddp(register: Callable[[DistributedDataParallel], None], bucket_mb: int | None = None) -> Start:
     def start(model: nn.Module, load: Workload, stage: int) -> Running:
-        ddp = DistributedDataParallel(model)
+        ddp = DistributedDataParallel(model, bucket_cap_mb=bucket_mb)
         register(ddp)
         optimizer = load.optimizer(ddp)
         return Running(model, optimizer, _descend(ddp, load, optimizer))
@@ -156,11 +156,14 @@ def _ddp(register: Callable[[DistributedDataParallel], None]) -> Start:
 
 
 def _power(rank: int) -> Start:
+    """One bucket: the hook starts collectives from callbacks, whose order among several buckets differs from
+    rank to rank under gloo, which then aborts."""
+
     def register(ddp: DistributedDataParallel) -> None:
         state = PowerSGDState(None, rank, start_powerSGD_iter=2, min_compression_rate=1)
         ddp.register_comm_hook(state, powerSGD_hook)
 
-    return _ddp(register)
+    return _ddp(register, bucket_mb=64)
 
 
 def _exchange(make: Callable[[int], DGC | LinearSketch]) -> Start:

@@ -3,8 +3,8 @@
 An `Actor` is told that it starts, that a message came, or that a time it asked for has come; it answers
 through its `Net`. The same actor runs on
 
-- `Virtual`: any number of parties in this process, on a clock that jumps from event to event; how long a
-  message takes is a function, so stragglers and slow links can be had without having them;
+- `Virtual`: any number of parties in this process, on SimPy's clock, which jumps from event to event; how long
+  a message takes is a function, so stragglers and slow links can be had without having them;
 - `serve`: one party in this process, real seconds, the others behind a mailbox.
 """
 
@@ -15,6 +15,8 @@ import math
 import time
 from collections.abc import Callable, Hashable, Sequence
 from typing import Any, Protocol
+
+import simpy
 
 from cograd.core.ledger import Ledger
 from cograd.core.message import Frame, Payload
@@ -74,8 +76,7 @@ class Virtual:
         self.actors, self.delay, self.ledger = list(actors), delay, ledger if ledger is not None else Ledger()
         self.now, self.events = 0.0, 0
         self._nets = [_VirtualNet(self, rank) for rank in range(len(actors))]
-        self._queue: list[tuple[float, int, int, int, Any]] = []
-        self._order = 0
+        self._clock = simpy.Environment()
         self._started = False
 
     def run(self, until: float = math.inf) -> float:
@@ -85,24 +86,28 @@ class Virtual:
             self._started = True
             for net, actor in zip(self._nets, self.actors, strict=True):
                 actor.start(net)
-        queue = self._queue
-        while queue and queue[0][0] <= until:
-            self.now, _, rank, sender, what = heapq.heappop(queue)
-            net = self._nets[rank]
-            if net.stopped:
-                continue
-            self.events += 1
-            if sender < 0:
-                self.actors[rank].timer(net, what)
-            else:
-                self.actors[rank].receive(net, sender, what)
+        clock = self._clock
+        while clock.peek() <= until and math.isfinite(clock.peek()):
+            clock.step()
         if math.isfinite(until):
             self.now = max(self.now, until)
         return self.now
 
     def _at(self, when: float, rank: int, sender: int, what: Any) -> None:
-        self._order += 1
-        heapq.heappush(self._queue, (when, self._order, rank, sender, what))
+        event = self._clock.timeout(max(0.0, when - self._clock.now), (when, rank, sender, what))
+        event.callbacks.append(self._happen)
+
+    def _happen(self, event: simpy.Event) -> None:
+        happened: Any = event.value
+        self.now, rank, sender, what = happened
+        net = self._nets[rank]
+        if net.stopped:
+            return
+        self.events += 1
+        if sender < 0:
+            self.actors[rank].timer(net, what)
+        else:
+            self.actors[rank].receive(net, sender, what)
 
 
 class _VirtualNet:
