@@ -290,23 +290,28 @@ def _default(parameter: Any) -> str:
 # What was measured for the whole room.
 
 
-def slow_link_mlp() -> str:
-    """The table of `bench/slow_link` for the MLP: minutes to target, and what of dense's that is."""
-    found = json.loads((MEASURED / "slow-link-mlp.json").read_text())
+def slow_link(workload: str, unit: str, digits: int) -> str:
+    """The table of `bench/slow_link`: minutes to target, and what of dense's that is."""
+    found = json.loads((MEASURED / f"slow-link-{workload}.json").read_text())
     dense = {row["mbit"]: row["target_seconds"] for row in found["rows"] if row["system"] == "dense"}
     rows = []
     for row in found["rows"]:
         took = row["target_seconds"]
-        to_target = ("never", "-") if took is None else (f"{took / 60:.2f}", f"{took / dense[row['mbit']]:.3f}")
-        quality = f"{fmean(row['quality']):.2f} (n = {len(row['quality'])})"
+        to_target = ("never", "-", "-")
+        if took is not None:
+            latency = f"{row['latency_seconds'] / 60:.2f}"
+            to_target = (f"{took / 60:.2f}", f"{took / dense[row['mbit']]:.3f}", latency)
+        quality = f"{fmean(row['quality']):.{digits}f} (n = {len(row['quality'])})"
         rows.append((row["system"], f"{row['mbit']:g}", quality, f"{row['step_seconds']:.3f}", *to_target))
-    heads = ("system", "Mbit/s", "last accuracy, %", "s a step", "min to target", "of dense's")
+    heads = ("system", "Mbit/s", f"in the end, {unit}", "s a step", "min to target", "of dense's")
+    latency = f"+ {found['latency_ms']:g} ms latency (modelled), min"
     whole = [
-        f"{system}: {run['measured'] / 60:.2f} min measured in one go, {run['summed'] / 60:.2f} by the sum"
+        f"{system} {run['measured'] / 60:.2f} min in one go, {run['summed'] / 60:.2f} by the sum"
         for system, run in found.get("complete", {}).items()
     ]
-    checked = f"\n\nOne whole run on the shaped link, as a check: {'; '.join(whole)}." if whole else ""
-    return _table(heads, rows, range(1, 6)) + checked
+    checked = f"\n\nWhole runs on the shaped link, as a check: {'; '.join(whole)}." if whole else ""
+    target = f"Target: {found['target']:.{digits}f} {unit}, {found['steps']} steps in all."
+    return f"{target}\n\n{_table((*heads, latency), rows, range(1, 7))}{checked}"
 
 
 def arena_machines() -> str:
@@ -332,7 +337,8 @@ def arena_machines() -> str:
 
 
 GENERATED: dict[str, Callable[[], str]] = {
-    "slow-link-mlp": slow_link_mlp,
+    "slow-link-mlp": lambda: slow_link("mlp", "% accuracy", 2),
+    "slow-link-lm": lambda: slow_link("lm", "nats a character", 3),
     "arena-machines": arena_machines,
     "methods": methods_table,
     "house": house,

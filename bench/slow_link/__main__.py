@@ -9,8 +9,9 @@ warm-up by itself: the median of 20, or for systems that exchange now and then t
 Time to target is their sum. That 20 shaped steps give the same bits as 20 unshaped ones is checked.
 
 ``--complete`` also makes one whole shaped run a system at the first rate, to be held against that sum.
-``--latency 20`` adds what 20 ms a message round would take to each step, by the link model, as not every kernel
-can delay packets (netem). Every cell is saved under ``runs/slow-link`` and a rerun continues. Needs root.
+Not every kernel can delay packets (netem): what a latency (``--latency 20``, ms a message) would add to the
+time to target is modelled, and shown apart. Every cell is saved under ``runs/slow-link`` and a rerun
+continues. Needs root.
 """
 
 from __future__ import annotations
@@ -39,8 +40,16 @@ PERIODS = 2
 PATIENCE = 3600
 STEPS = {"mlp": 24 * EPOCH, "lm": 800}
 BETTER_IS_HIGHER = {"mlp": True, "lm": False}
-ROUNDS = {"dense": 6, "fp16": 6, "sketch": 6, "dgc": 2, "one-byte": 2}
-"""Messages one after another in a step: 2 (N - 1) of a ring, two collectives of an all-gather."""
+ROUNDS = {
+    **dict.fromkeys(("dense", "fp16", "sketch"), 6),
+    **dict.fromkeys(("powersgd-1", "powersgd-2", "powersgd-4"), 12),
+    **dict.fromkeys(("dgc", "one-byte"), 2),
+    "diloco": 6 / SYNC,
+    "streaming": 0,
+}
+"""Messages one after another in a step: 2 (N - 1) = 6 of a ring all-reduce, of which PowerSGD needs two and
+DiLoCo one a period; two collectives of an all-gather. Streaming DiLoCo's exchange runs beside the steps that
+follow it."""
 
 Record = dict[str, Any]
 
@@ -156,9 +165,11 @@ def report(lab: Lab, args: argparse.Namespace) -> Record:
     for rate in args.rates:
         for system in args.systems:
             costs = lab.costs(system, rate)
-            costs = {stage: c + args.latency / 1000 * ROUNDS.get(system, 6) for stage, c in costs.items()}
             needed = [steps_to(record["quality"], target, higher) for record in whole[system]]
-            times = [seconds_of(system, n, costs) for n in needed if n is not None]
+            reached = [n for n in needed if n is not None]
+            there = len(reached) == len(needed)
+            times = [seconds_of(system, n, costs) for n in reached]
+            waits = [n * args.latency / 1000 * ROUNDS[system] for n in reached]
             rows.append(
                 {
                     "system": system,
@@ -166,7 +177,8 @@ def report(lab: Lab, args: argparse.Namespace) -> Record:
                     "quality": final[system],
                     "step_seconds": costs[max(costs)],
                     "run_seconds": seconds_of(system, lab.steps, costs),
-                    "target_seconds": mean(times) if len(times) == len(needed) else None,
+                    "target_seconds": mean(times) if there else None,
+                    "latency_seconds": mean(waits) if there else None,
                 }
             )
     rate = args.rates[0]
@@ -187,7 +199,7 @@ def report(lab: Lab, args: argparse.Namespace) -> Record:
 def table(found: Record) -> Table:
     unit = "accuracy, %" if found["workload"] == "mlp" else "nats a character"
     shown = Table(title=f"{found['workload']}, {found['steps']} steps; target {found['target']:.3f} {unit}")
-    for column in ("system", "Mbit/s", unit, "s a step", "min a run", "min to target", "of dense"):
+    for column in ("system", "Mbit/s", unit, "s a step", "min a run", "min to target", "of dense", "+ latency"):
         shown.add_column(column, justify="left" if column == "system" else "right")
     dense = {row["mbit"]: row["target_seconds"] for row in found["rows"] if row["system"] == "dense"}
     for row in found["rows"]:
@@ -200,6 +212,7 @@ def table(found: Record) -> Table:
             f"{row['run_seconds'] / 60:.1f}",
             "never" if target is None else f"{target / 60:.2f}",
             "-" if target is None or not base else f"{target / base:.3f}",
+            "-" if target is None else f"{row['latency_seconds'] / 60:.2f}",
         )
     return shown
 
@@ -212,7 +225,7 @@ def main() -> int:
     parser.add_argument("--systems", nargs="+", choices=SYSTEMS, default=list(SYSTEMS))
     parser.add_argument("--once", nargs="*", choices=SYSTEMS, default=[], help="these with the first seed only")
     parser.add_argument("--steps", type=int, help="of a whole run, if others than the workload's")
-    parser.add_argument("--latency", type=float, default=0.0, help="modelled, ms a message round")
+    parser.add_argument("--latency", type=float, default=20.0, help="modelled, ms a message")
     parser.add_argument("--complete", nargs="*", choices=SYSTEMS, default=[])
     parser.add_argument("--out", type=Path, default=Path("runs/slow-link"))
     parser.add_argument("--record", action="store_true", help="make it what the docs show")
