@@ -396,9 +396,9 @@ def test_the_default_codecs_of_one_replica_and_of_several_are_told_apart_by_name
     with pytest.raises(ValueError) as refused:
         new.load_state_dict(state)
     assert str(refused.value) == (
-        f'the state must be of this run\'s codec, "{codecs[after]}"; it is of "{codecs[before]}" (the default '
-        "is exact for a replica alone and E3M0() for several: to go on from one to several, or the reverse, give "
-        "codec=Float32() throughout)"
+        f'the state must be of this run\'s codec, "{codecs[after]}"; it is of "{codecs[before]}" (the '
+        "default is exact for a replica alone and E3M0() for several: to go on from one to several, or the "
+        "reverse, give codec=Float32() throughout)"
     )
 
 

@@ -69,7 +69,8 @@ def test_replicas_that_differ_are_refused_on_entry_and_overlap_may_differ(pool: 
         ):
             there, here = (usual, others) if rank == 1 else (others, usual)
             assert said[case] == (
-                f"SchemaError: replica {other} has other parameters than replica {rank}: {there} there, {here} here"
+                f"SchemaError: replica {other} has other parameters than replica {rank}: "
+                f"{there} there, {here} here"
             )
         assert said["overlap"] == ""
 
