@@ -19,6 +19,10 @@ from cograd.machines import E3M0, StreamingDiLoCo
 from cograd.machines.streaming_diloco import groups, nesterov
 
 PARTS = groups({"first": "0.*", "middle": "2.*", "last": "4.*"})
+SWAPPED = {"first": ["0.weight", "2.bias"], "middle": ["2.weight", "0.bias"], "last": ["4.weight", "4.bias"]}
+"""The biases of `PARTS` exchanged, which are of one shape: only names tell."""
+TURNED = {"first": ["0.bias", "0.weight"], "middle": ["2.weight", "2.bias"], "last": ["4.weight", "4.bias"]}
+"""`PARTS` with the first fragment's parameters in the other order."""
 
 VARIANTS: dict[str, dict[str, Any]] = {
     "fp4": {"sync_every": 20},
@@ -34,6 +38,12 @@ VARIANTS: dict[str, dict[str, Any]] = {
 def small(seed: int = 7) -> nn.Sequential:
     torch.manual_seed(seed)
     return nn.Sequential(nn.Linear(8, 16), nn.Tanh(), nn.Linear(16, 16), nn.Tanh(), nn.Linear(16, 3))
+
+
+def narrow() -> nn.Sequential:
+    """The names of `small` with other shapes."""
+    torch.manual_seed(7)
+    return nn.Sequential(nn.Linear(8, 12), nn.Tanh(), nn.Linear(12, 12), nn.Tanh(), nn.Linear(12, 3))
 
 
 def inner_of(model: nn.Module) -> torch.optim.Optimizer:
@@ -172,6 +182,9 @@ def other_on_rank_1(ctx: Context) -> dict[str, str]:
 
     second = ctx.rank == 1
     return {
+        "shape": enter(narrow() if second else small()),
+        "order": enter(small(), fragments=TURNED if second else PARTS),
+        "same shapes": enter(small(), fragments=SWAPPED if second else PARTS),
         "alpha": enter(small(), alpha=0.25 if second else 0.5),
         "weights": enter(small(8 if second else 7)),
         "fragments": enter(small(), fragments=PARTS if second else groups({"a": "0.*", "b": ["2.*", "4.*"]})),

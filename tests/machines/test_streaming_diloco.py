@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import io
 from collections.abc import Callable
 from typing import Any
 
@@ -21,7 +22,18 @@ from cograd.machines.streaming_diloco.fragments import partition
 from cograd.machines.streaming_diloco.schedule import schedule
 from cograd.machines.streaming_diloco.utilisation import Model, Traffic, bandwidth_for, utilisation
 from cograd.models import GPT
-from machines.streaming_diloco_jobs import PARTS, Together, batch, flat, inner_of, inner_step, make, small
+from machines.streaming_diloco_jobs import (
+    PARTS,
+    SWAPPED,
+    Together,
+    batch,
+    flat,
+    inner_of,
+    inner_step,
+    make,
+    narrow,
+    small,
+)
 
 FP32: dict[str, Any] = {"codec": Float32()}
 
@@ -224,7 +236,7 @@ def test_freezing_the_others_moves_one_fragment_at_a_time() -> None:
     size = 8 * 16 + 16
     for step in range(1, 10):  # before anything is exchanged
         moved = seen[step] != seen[step - 1]
-        first = 1 <= step <= 0 or 6 <= step <= 10
+        first = step >= 6  # steps 1 to 5 are the other fragment's
         assert bool(moved[:size].any()) == first
         assert bool(moved[size:].any()) != first
 
@@ -356,13 +368,73 @@ def test_another_number_of_replicas_goes_on_from_any_replicas_state() -> None:
     assert len({r.fingerprint() for r in four.replicas}) == 1
 
 
-def test_a_state_of_other_settings_is_refused_and_changes_nothing() -> None:
-    one, other = Together(), Together(alpha=0.25).train(range(12))
+@pytest.mark.parametrize(("before", "after"), [(2, 1), (1, 2)])
+def test_a_replica_alone_and_several_go_on_from_each_other_with_one_exact_codec(
+    before: int, after: int
+) -> None:
+    old = Together(before, overlap=4, **FP32).train(range(21))
+    state = old.replicas[0].state_dict()
+    assert len(state["in_flight"][0]["payloads"]) == before
+    new = Together(after, overlap=4, **FP32)
+    for rank in range(after):
+        new.models[rank].load_state_dict(old.models[0].state_dict())
+        new.inners[rank].load_state_dict(copy.deepcopy(old.inners[0].state_dict()))
+        new.replicas[rank].load_state_dict(state)
+    arrived = old.train(range(21, 24)).replicas[0].fingerprint()
+    new.train(range(21, 24))
+    assert {r.fingerprint() for r in new.replicas} == {arrived}
+    new.train(range(24, 40))
+    assert len({r.fingerprint() for r in new.replicas}) == 1
+
+
+@pytest.mark.parametrize(("before", "after"), [(2, 1), (1, 2)])
+def test_the_default_codecs_of_one_replica_and_of_several_are_told_apart_by_name(
+    before: int, after: int
+) -> None:
+    state, new = Together(before).replicas[0].state_dict(), Together(after).replicas[0]
+    codecs = {1: "Float32()", 2: "E3M0(block=None, stochastic=False)"}
+    with pytest.raises(ValueError) as refused:
+        new.load_state_dict(state)
+    assert str(refused.value) == (
+        f'the state must be of this run\'s codec, "{codecs[after]}"; it is of "{codecs[before]}" (the '
+        "default is exact for a replica alone and E3M0() for several: to go on from one to several, or the "
+        "reverse, give codec=Float32() throughout)"
+    )
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"alpha": 0.25}, "the state must be of this run's alpha, 0.5; it is of 0.25"),
+        ({"model": narrow}, r'of this run\'s parameters, \["0.weight", \[16, 8\]\]; it is of .*\[12, 8\]'),
+        ({"fragments": SWAPPED}, r'of this run\'s parameters, \["0.bias", \[16\]\]; it is of \["2.bias", \[16'),
+        ({"fragments": whole}, r'of this run\'s fragments, \["first", 2\]; it is of \["all", 6\]'),
+        ({"outer": nesterov(0.3)}, r"of this run's outer, \[.*'lr': 0.4.*\]; it is of \[.*'lr': 0.3"),
+    ],
+)
+def test_a_state_of_other_settings_is_refused_by_name_and_changes_nothing(
+    options: dict[str, Any], said: str
+) -> None:
+    one, other = Together(), Together(**options).train(range(12))
     before = one.replicas[0].fingerprint()
-    with pytest.raises(ValueError, match="the state is of another model, or of other fragments or settings"):
+    with pytest.raises(ValueError, match=said) as refused:
         one.replicas[0].load_state_dict(other.replicas[0].state_dict())
+    assert "codec" not in str(refused.value)
     assert one.replicas[0].fingerprint() == before
     assert one.replicas[0].step == 0
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_a_state_that_was_loaded_onto_the_gpu_goes_on() -> None:
+    two = Together(overlap=4).train(range(21))
+    file = io.BytesIO()
+    torch.save(two.replicas[0].state_dict(), file)
+    file.seek(0)
+    state = torch.load(file, map_location="cuda", weights_only=True)
+    for replica in two.replicas:
+        replica.load_state_dict(state)
+    two.train(range(21, 24))
+    assert [r.fragments[0].received for r in two.replicas] == [2, 2]
 
 
 def test_bfloat16_weights_have_outer_parameters_in_float32() -> None:

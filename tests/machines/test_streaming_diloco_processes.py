@@ -62,6 +62,16 @@ def test_replicas_that_differ_are_refused_on_entry_and_overlap_may_differ(pool: 
         )
         assert said["weights"].startswith(f"SchemaError: replica {other} has other initial weights")
         assert "has other fragments than replica" in said["fragments"]
+        for case, usual, others in (
+            ("shape", '["0.weight", [16, 8]]', '["0.weight", [12, 8]]'),
+            ("order", '["0.weight", [16, 8]]', '["0.bias", [16]]'),
+            ("same shapes", '["0.bias", [16]]', '["2.bias", [16]]'),
+        ):
+            there, here = (usual, others) if rank == 1 else (others, usual)
+            assert said[case] == (
+                f"SchemaError: replica {other} has other parameters than replica {rank}: "
+                f"{there} there, {here} here"
+            )
         assert said["overlap"] == ""
 
 

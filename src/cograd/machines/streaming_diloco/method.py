@@ -33,6 +33,7 @@ from collections import deque
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import zip_longest
 from types import TracebackType
 from typing import Any
 
@@ -53,6 +54,10 @@ from cograd.machines.streaming_diloco.fragments import Fragments, Rule, partitio
 from cograd.machines.streaming_diloco.outer import PAPER_OUTER, Outer, OuterFragment
 
 _CHECKSUM = 8  # bytes of g's checksum before each payload
+_SAME_CODEC = (
+    " (the default is exact for a replica alone and E3M0() for several: to go on from one to several, or the "
+    "reverse, give codec=Float32() throughout)"
+)
 
 
 class ReplicasApart(RuntimeError):
@@ -152,6 +157,7 @@ class StreamingDiLoCo:
     @property
     def _settings(self) -> dict[str, Any]:
         return {
+            "parameters": [[s.name, list(s.shape)] for f in self.fragments for s in f.space],
             "fragments": [[f.name, len(f.space)] for f in self.fragments],
             "schedule": [list(self.schedule.first), self.schedule.period],
             "codec": repr(self.codec),
@@ -164,17 +170,17 @@ class StreamingDiLoCo:
 
     def _agree(self) -> None:
         """Compare with the other replicas: parameters, settings, the step, and at the start the weights."""
-        parameters = [[s.name, list(s.shape)] for f in self.fragments for s in f.space]
         weights = [f.checksum() for f in self.fragments] if self.step == 0 else None
-        mine = {"parameters": parameters, **self._settings, "step": self.step, "initial weights": weights}
+        mine = {**self._settings, "step": self.step, "initial weights": weights}
         message = json.dumps({"rank": self.transport.rank, **mine}).encode()
         for other in self.transport.all_gather_bytes(message):
             theirs = json.loads(bytes(other))
-            differs = next((key for key in mine if theirs[key] != mine[key]), None)
+            differs = _differs(theirs, mine)
             if differs is not None:
+                key, there, here = differs
                 raise SchemaError(
-                    f"replica {theirs['rank']} has other {differs} than replica {self.transport.rank}: "
-                    f"{_short(theirs[differs])} there, {_short(mine[differs])} here"
+                    f"replica {theirs['rank']} has other {key} than replica {self.transport.rank}: "
+                    f"{there} there, {here} here"
                 )
         if self.transport.members > 1:
             copies = self.transport.members - 1
@@ -353,7 +359,7 @@ class StreamingDiLoCo:
             for exchange in self._in_flight
         ]
         return {
-            "schema": self.schema.digest,
+            "settings": self._settings,
             "step": self.step,
             "exchanges": self.exchanges,
             "fragments": [fragment.state_dict() for fragment in self.fragments],
@@ -367,17 +373,25 @@ class StreamingDiLoCo:
 
         Another number of replicas: what is in the state is common to all of them, so any old replica's serves
         any new one; what was in flight is the mean over those who sent it. A replica that is new takes weights
-        and inner optimizer of an old one. Raises ValueError for a state of another model or other settings.
+        and inner optimizer of an old one. The codec is one of the settings: a run that is to go on with one
+        replica instead of several, or the reverse, has ``codec=Float32()`` on both sides, since the default
+        quantises for several only. Raises ValueError, naming what differs, for a state of another model or
+        other settings.
         """
-        if state["schema"] != self.schema.digest:
+        differs = _differs(state["settings"], self._settings)
+        if differs is not None:
+            key, there, here = differs
             raise ValueError(
-                "the state is of another model, or of other fragments or settings, than this run's"
+                f"the state must be of this run's {key}, {here}; it is of {there}"
+                f"{_SAME_CODEC if key == 'codec' else ''}"
             )
         for fragment, saved in zip(self.fragments, state["fragments"], strict=True):
             fragment.load_state_dict(saved)
         self.step, self.exchanges = int(state["step"]), int(state["exchanges"])
         self._in_flight = deque(
-            _Exchange(e["number"], e["fragment"], e["step"], None, [p.numpy().data for p in e["payloads"]])
+            _Exchange(
+                e["number"], e["fragment"], e["step"], None, [p.cpu().numpy().data for p in e["payloads"]]
+            )
             for e in state["in_flight"]
         )
 
@@ -403,6 +417,18 @@ def _check_model(model: nn.Module) -> None:
                 f"model must have no running statistics, which no exchange covers; {name!r} is a "
                 f"{type(module).__name__} that has: use LayerNorm, GroupNorm or track_running_stats=False"
             )
+
+
+def _differs(theirs: Mapping[str, Any], mine: Mapping[str, Any]) -> tuple[str, str, str] | None:
+    """The first key whose values differ, and both values in short: of two lists, where they first differ."""
+    for key, here in mine.items():
+        there = theirs[key]
+        if there == here:
+            continue
+        if isinstance(there, list) and isinstance(here, list):
+            there, here = next((a, b) for a, b in zip_longest(there, here) if a != b)
+        return key, _short(there), _short(here)
+    return None
 
 
 def _short(value: Any) -> str:
