@@ -633,7 +633,10 @@ def test_foreign_federated_state_is_refused() -> None:
 @pytest.mark.parametrize(
     ("sketch", "message"),
     [
-        (Sketch(64, 8), r"the state's sketch is Sketch\(64, 16, 'srht', seed=0\); this run's is Sketch\(64, 8, "),
+        (
+            Sketch(64, 8),
+            r"the state's sketch is Sketch\(64, 16, 'srht', seed=0\); this run's is Sketch\(64, 8, ",
+        ),
         (Sketch(64, 16, "countsketch"), "this run's is Sketch.64, 16, 'countsketch', seed=0"),
         (Sketch(64, 16, "sparse"), "this run's is Sketch.64, 16, 'sparse', seed=0"),
         (Sketch(64, 16, seed=1), "this run's is Sketch.64, 16, 'srht', seed=1"),
@@ -655,7 +658,7 @@ def test_a_log_of_another_sketch_is_refused(sketch: Sketch | None, message: str)
 def test_a_log_of_another_generator_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     fed, sketch = federated(Sketch(64, 16)), Sketch(64, 16)
     monkeypatch.setattr(sketch, "digest", lambda round: "0" * 16)
-    with pytest.raises(ValueError, match="the state's R_0 is [0-9a-f]{16}; this run's is 0000000000000000"):
+    with pytest.raises(ValueError, match=r"the state's R_0 is [0-9a-f]{16}; this run's is 0000000000000000"):
         federated(sketch).load_state_dict(fed.state_dict())
 
 

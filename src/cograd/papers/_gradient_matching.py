@@ -31,7 +31,7 @@ def cosine(observed: Tensor, seen: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Guess:
-    """What the attack found: the input, its distance, and each label's probabilities (or None: it was known)."""
+    """What the attack found: inputs, their distance, and the labels' probabilities unless they were known."""
 
     x: Tensor
     distance: float
