@@ -1,7 +1,8 @@
 """The documentation is true: its snippets run and print what the pages say, and every method gets a page.
 
-Every ```python fence of docs runs in a namespace and a folder of its own, in a process group of one, unless it
-is fenced as ```python no-run. A ```text fence that follows it directly is what it must print.
+Every ```python fence of docs runs in a namespace and a folder of its own, unless it is fenced as ```python
+no-run. A process group of one is there only for fences below one that makes it, on the same page. A ```text
+fence that follows a fence directly is what it must print.
 """
 
 from __future__ import annotations
@@ -33,11 +34,13 @@ PAPERS = papers.every()
 
 def _snippets() -> Iterator[Any]:
     for page in sorted(DOCS.rglob("*.md")):
-        text = page.read_text()
+        text, grouped = page.read_text(), False
         for fence in FENCE.finditer(text):
+            makes_group = "init_process_group" in fence[1]
             line = text[: fence.start()].count("\n") + 2
             code = "\n" * (line - 1) + fence[1]  # so that a traceback shows the page's line
-            yield pytest.param(page, code, fence[2], id=f"{page.name}:{line}")
+            yield pytest.param(page, code, fence[2], grouped and not makes_group, id=f"{page.name}:{line}")
+            grouped = grouped or makes_group
 
 
 def _run(code: str, file: str) -> str:
@@ -60,12 +63,12 @@ def alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
         dist.destroy_process_group()
 
 
-@pytest.mark.parametrize(("page", "code", "expected"), list(_snippets()))
+@pytest.mark.parametrize(("page", "code", "expected", "grouped"), list(_snippets()))
 @pytest.mark.usefixtures("alone")
 def test_a_snippet_runs_and_prints_what_the_page_says(
-    page: Path, code: str, expected: str | None, tmp_path: Path
+    page: Path, code: str, expected: str | None, grouped: bool, tmp_path: Path
 ) -> None:
-    if "init_process_group" not in code:
+    if grouped:
         store = FileStore(str(tmp_path / "store"), 1)
         dist.init_process_group("gloo", store=store, rank=0, world_size=1)
     printed = _run(code, str(page))

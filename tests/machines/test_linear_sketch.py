@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import math
 from typing import Any
 
@@ -436,6 +437,26 @@ def test_foreign_state_is_refused() -> None:
         plain.load_state_dict(moving.state_dict())
 
 
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"rows": 5}, r"the state's sketch is Sketch\(12, 4, 'srht', seed=0\); this run's is Sketch\(12, 5, "),
+        ({"kind": "countsketch"}, "this run's is Sketch.12, 4, 'countsketch', seed=0"),
+        ({"kind": "sparse", "nonzeros": 2}, "this run's is Sketch.12, 4, 'sparse', seed=0, nonzeros=2"),
+        ({"seed": 3}, "this run's is Sketch.12, 4, 'srht', seed=3"),
+        ({"redraw": False}, "the state's redraw is True; this run's is False"),
+    ],
+)
+def test_a_state_of_another_r_is_refused(options: dict[str, Any], message: str) -> None:
+    one, other = bound(rows=4, momentum=0.9), bound(**{"rows": 4, "momentum": 0.9, **options})
+    one.feed("w", numbers(3, 4).float(), 1.0)
+    one.reduced(one.collect())
+    with pytest.raises(ValueError, match=message):
+        other.load_state_dict(one.state_dict())
+    assert other.round == 0
+    assert not bool(other.state["momentum"].any())
+
+
 def test_parties_compare_r_and_not_only_its_name(monkeypatch: pytest.MonkeyPatch) -> None:
     one, two = LinearSketch(4), LinearSketch(4)
     one.bind(ParamSpace({"w": (3, 4)}), 1, 0)
@@ -599,9 +620,7 @@ def test_a_federated_checkpoint_continues_bit_for_bit() -> None:
 
 def test_foreign_federated_state_is_refused() -> None:
     fed = federated(Sketch(64, 16))
-    fed.round()
-    with pytest.raises(ValueError, match="log has sketches of 16 rows; this run's have 8"):
-        federated(Sketch(64, 8)).load_state_dict(fed.state_dict())
+    after(fed, 1)
     model = nn.Linear(7, 4)
     other = SketchedFedAvg(
         model, [(torch.ones(2, 7), torch.ones(2, 4))], nn.functional.mse_loss, sketch=None, lr=1
@@ -609,6 +628,88 @@ def test_foreign_federated_state_is_refused() -> None:
     with pytest.raises(ValueError, match="other parameters"):
         other.load_state_dict(fed.state_dict())
     federated(Sketch(64, 16), clients=5).load_state_dict(fed.state_dict())
+
+
+@pytest.mark.parametrize(
+    ("sketch", "message"),
+    [
+        (
+            Sketch(64, 8),
+            r"the state's sketch is Sketch\(64, 16, 'srht', seed=0\); this run's is Sketch\(64, 8, ",
+        ),
+        (Sketch(64, 16, "countsketch"), "this run's is Sketch.64, 16, 'countsketch', seed=0"),
+        (Sketch(64, 16, "sparse"), "this run's is Sketch.64, 16, 'sparse', seed=0"),
+        (Sketch(64, 16, seed=1), "this run's is Sketch.64, 16, 'srht', seed=1"),
+        (None, "this run's is None"),
+    ],
+)
+def test_a_log_of_another_sketch_is_refused(sketch: Sketch | None, message: str) -> None:
+    """Replayed with another R, it would lead elsewhere."""
+    fed, other = federated(Sketch(64, 16)), federated(sketch)
+    after(fed, 2)
+    before = after(other, 1)
+    with pytest.raises(ValueError, match=message):
+        other.load_state_dict(fed.state_dict())
+    assert other.rounds == 1
+    assert torch.equal(other.weights, before)
+    assert torch.equal(other.replay(federated(None).weights, 0), before)
+
+
+def test_a_log_of_another_generator_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    fed, sketch = federated(Sketch(64, 16)), Sketch(64, 16)
+    monkeypatch.setattr(sketch, "digest", lambda round: "0" * 16)
+    with pytest.raises(ValueError, match=r"the state's R_0 is [0-9a-f]{16}; this run's is 0000000000000000"):
+        federated(sketch).load_state_dict(fed.state_dict())
+
+
+STATED = GaussianDP(1.0, 5.0, 1e-5)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"privacy": None}, r"the state's privacy is GaussianDP\(.*noise_multiplier=5.0.*; this run's is None"),
+        ({"privacy": GaussianDP(1.0, 50.0, 1e-5)}, "this run's is .*noise_multiplier=50.0"),
+        ({"privacy": GaussianDP(2.0, 5.0, 1e-5)}, "this run's is .*clip=2.0"),
+        ({"privacy": GaussianDP(1.0, 5.0, 1e-6)}, "this run's is .*delta=1e-06"),
+        ({"privacy": GaussianDP(1.0, 5.0, 1e-5, sampling_rate=0.5)}, "this run's is .*sampling_rate=0.5"),
+        ({"privacy": STATED, "local_steps": 1}, "the state's local_steps is 3; this run's is 1"),
+        (
+            {"privacy": STATED, "sizes": [12, 6, 12]},
+            r"the state's private_sizes is \[12, 12, 12\]; this run's is \[12, 6, 12\]",
+        ),
+        ({"privacy": STATED, "clients": 2}, r"this run's is \[12, 12\]"),
+    ],
+)
+def test_a_state_under_another_guarantee_is_refused(options: dict[str, Any], message: str) -> None:
+    """Else what was spent under little noise would be reported as if under much."""
+    spent, other = federated(Sketch(64, 16), privacy=STATED), federated(Sketch(64, 16), **options)
+    after(spent, 4)
+    with pytest.raises(ValueError, match=message):
+        other.load_state_dict(spent.state_dict())
+    assert other.rounds == 0
+    same = federated(Sketch(64, 16), privacy=GaussianDP(1.0, 5.0, 1e-5))
+    same.load_state_dict(spent.state_dict())
+    assert same.epsilon == spent.epsilon > 0
+
+
+def test_what_was_not_private_becomes_private_by_no_checkpoint() -> None:
+    fed = federated(Sketch(64, 16))
+    after(fed, 4)
+    with pytest.raises(ValueError, match="the state's privacy is None; this run's is GaussianDP"):
+        federated(Sketch(64, 16), privacy=STATED).load_state_dict(fed.state_dict())
+
+
+def test_a_checkpoint_is_of_plain_values() -> None:
+    """So that torch.load reads it with weights_only."""
+    file = io.BytesIO()
+    fed = federated(Sketch(64, 16), privacy=STATED)
+    after(fed, 2)
+    torch.save(fed.state_dict(), file)
+    file.seek(0)
+    again = federated(Sketch(64, 16), privacy=STATED, noise_key=99)
+    again.load_state_dict(torch.load(file, weights_only=True))
+    assert torch.equal(after(again, 1), after(fed, 1))
 
 
 # Privacy.

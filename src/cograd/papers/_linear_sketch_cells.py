@@ -20,7 +20,7 @@ from cograd.machines.baselines.fetchsgd import FetchSGD
 from cograd.machines.linear_sketch.federated import SketchedFedAvg
 from cograd.machines.linear_sketch.privacy import GaussianDP
 from cograd.machines.linear_sketch.sketch import Sketch
-from cograd.papers._gradient_matching import match
+from cograd.papers._gradient_matching import cosine, match, squared
 
 L2 = 0.01
 CLIENTS = 10
@@ -190,11 +190,25 @@ def _fetch(
 # The attack.
 
 
-def attack(seed: int, rows: int | None, noise: float, restarts: int) -> dict[str, Any]:
-    """Recover a digit from one sketched gradient of an MLP 64-64-10 (4,810 parameters), R Gaussian.
+ATTACKED_LR = 0.1
+"""Of the victim's local steps; what it sends after one of them only scales with it."""
 
-    ``rows`` None is the gradient itself. ``noise`` is the noise's norm over that of what was sent. Returns the
-    mean squared error of the recovered image, and the data's variance.
+
+def attack(
+    seed: int,
+    rows: int | None,
+    noise: float,
+    restarts: int,
+    local_steps: int = 1,
+    desketched: bool = False,
+    label_known: bool = True,
+) -> dict[str, Any]:
+    """Recover a digit from the sketched update of an MLP 64-64-10 (4,810 parameters), R Gaussian.
+
+    The update is that of ``local_steps`` on one image; one of them is its gradient. ``rows`` None is the update
+    itself. ``noise`` is the noise's norm over that of what was sent. What is matched is the sketch by squared
+    distance, or, ``desketched``, R^T times it by cosine: what a defender audits who sees the aggregate. Returns
+    the mean squared error of the recovered image, whether the label is right, and the data's variance.
     """
     torch.manual_seed(seed_for(seed, "attack"))
     model = nn.Sequential(nn.Linear(64, 64), nn.Tanh(), nn.Linear(64, 10)).double()
@@ -202,25 +216,39 @@ def attack(seed: int, rows: int | None, noise: float, restarts: int) -> dict[str
     images = train.x.flatten(1).double()
     one = stream(seed, "attack", "victim").integer(len(images))
     x, y = images[one : one + 1], train.y[one : one + 1]
-    plain = SketchedFedAvg(model, [(x, y)], nn.functional.cross_entropy, sketch=None, lr=1.0)
+    plain = SketchedFedAvg(
+        model, [(x, y)], nn.functional.cross_entropy, sketch=None, lr=ATTACKED_LR, local_steps=local_steps
+    )
     params = {name: p.detach() for name, p in model.named_parameters()}
     matrix = None
     if rows is not None:  # drawn once, since an attack uses one R hundreds of times
         sketch = Sketch(plain.space.numel, rows, "gaussian", seed=seed)
         matrix = sketch.T(torch.eye(rows, dtype=torch.float64), round=0)
 
-    def observe(guess: Tensor) -> Tensor:
-        update = plain.observable(params, (guess, y), Context(seed))["sketch"]
+    def observe(guess: Tensor, label: Tensor = y) -> Tensor:
+        update = plain.observable(params, (guess, label), Context(seed))["sketch"]
         return update if matrix is None else matrix @ update
+
+    def decoded(sent: Tensor) -> Tensor:
+        return sent if matrix is None or not desketched else matrix.t() @ sent
 
     seen = observe(x).detach()
     if noise:
         direction = stream(seed, "attack", "noise").normal(len(seen)).double()
         seen = seen + noise * seen.norm() * direction / direction.norm()
-    guess, distance = match(observe, seen, (1, 64), seed=seed, restarts=restarts)
+    guess = match(
+        lambda *unknown: decoded(observe(*unknown)),
+        decoded(seen),
+        (1, 64),
+        seed=seed,
+        classes=None if label_known else 10,
+        distance=cosine if desketched else squared,
+        restarts=restarts,
+    )
     return {
-        "mse": float((guess - x).square().mean()),
-        "distance": distance,
+        "mse": float((guess.x - x).square().mean()),
+        "distance": guess.distance,
+        "label": guess.labels is None or bool((guess.labels.argmax(1) == y).all()),
         "variance": float(images.var(0, correction=0).mean()),
     }
 

@@ -38,7 +38,7 @@ from cograd.core.transforms import Momentum
 from cograd.engines.ddp import Attachment
 from cograd.machines.linear_sketch.federated import SketchedFedAvg
 from cograd.machines.linear_sketch.privacy import GaussianDP
-from cograd.machines.linear_sketch.sketch import Sketch, kind_checked
+from cograd.machines.linear_sketch.sketch import Sketch, kind_checked, refuse_other, settings_of
 
 
 class LinearSketch:
@@ -171,13 +171,15 @@ class LinearSketch:
         """The round and the velocity by parameter: the same on every worker."""
         views = {slot: self.space.views(x).items() for slot, x in self.state.items()}
         velocity = {slot: {n: v.clone() for n, v in tensors} for slot, tensors in views.items()}
-        return {"round": self.round, "space": self.space.digest, "state": velocity}
+        return {"round": self.round, "space": self.space.digest, "state": velocity, **self._settings}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continue from `state_dict`, bit for bit, with any number of workers. Raises ValueError for the state
-        of another model, or of a run with momentum where this one has none, and the other way round."""
+        """Continue from `state_dict`, bit for bit, with any number of workers. Raises ValueError, and changes
+        nothing, for the state of another model, of a run with another sketch (rows, kind, seed) or ``redraw``,
+        or of one with momentum where this one has none, and the other way round."""
         if state["space"] != self.space.digest:
             raise ValueError("the state is of a model with other parameters (names, order or shapes differ)")
+        refuse_other(state, self._settings)
         if set(state["state"]) != set(self.state):
             raise ValueError(
                 f"the state has {'a' if state['state'] else 'no'} velocity, and this run's momentum is "
@@ -186,6 +188,11 @@ class LinearSketch:
         self.round = int(state["round"])
         for slot, vector in self.state.items():
             self.space.flatten(state["state"][slot], out=vector)
+
+    @property
+    def _settings(self) -> dict[str, Any]:
+        """What a state must share with the run that continues from it."""
+        return {**settings_of(self.sketch), "redraw": self.redraw}
 
 
 __all__ = ["GaussianDP", "LinearSketch", "Sketch", "SketchedFedAvg"]

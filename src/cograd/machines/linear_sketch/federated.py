@@ -24,7 +24,7 @@ from cograd.core.ledger import Ledger
 from cograd.core.space import ParamSpace, trainable
 from cograd.core.streams import Stream, stream
 from cograd.machines.linear_sketch.privacy import GaussianDP, clipped_sum
-from cograd.machines.linear_sketch.sketch import Sketch
+from cograd.machines.linear_sketch.sketch import Sketch, refuse_other, settings_of
 
 Loss = Callable[[Tensor, Tensor], Tensor]
 Examples = tuple[Tensor, Tensor]
@@ -268,21 +268,35 @@ class SketchedFedAvg:
             "weights": self.weights.clone(),
             "log": [broadcast.clone() for broadcast in self.server.log],
             "noise_key": self.noise_key,
+            **self._settings,
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Continue from `state_dict`, bit for bit. Clients keep nothing of their own, so there may be another
-        number of them. Raises ValueError for a state of another model or another sketch size."""
+        """Continue from `state_dict`, bit for bit.
+
+        Clients keep nothing of their own, so without privacy there may be another number of them. Epsilon is
+        of rounds times local steps under one mechanism on one client's examples, and the log is of one R: so
+        ValueError is raised, and nothing changed, for a state of another model, sketch, privacy or number of
+        local steps, and with privacy for one of clients of other sizes.
+        """
         if state["space"] != self.space.digest:
             raise ValueError("the state is of a model with other parameters (names, order or shapes differ)")
-        rows = self.space.numel if self.sketch is None else self.sketch.rows
-        other = {len(broadcast) for broadcast in state["log"]} - {rows}
-        if other:
-            raise ValueError(f"the state's log has sketches of {min(other)} rows; this run's have {rows}")
+        refuse_other(state, self._settings)
         self.rounds, self.noise_key = int(state["rounds"]), state["noise_key"]
         self.weights = state["weights"].to(self.weights).clone()
         self.server.log = [broadcast.clone() for broadcast in state["log"]]
         self._show()
+
+    @property
+    def _settings(self) -> dict[str, Any]:
+        """What a state must share with the run that continues from it."""
+        sizes = None if self.privacy is None else [len(inputs) for inputs, _ in self.clients]
+        return {
+            **settings_of(self.sketch),
+            "privacy": repr(self.privacy),
+            "local_steps": self.local_steps,
+            "private_sizes": sizes,
+        }
 
 
 def _sizes(clients: Sequence[Examples]) -> list[int]:

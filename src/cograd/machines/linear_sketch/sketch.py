@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -157,6 +158,18 @@ def _linear(vector: Tensor, sketch: Sketch, round: int, transposed: bool) -> Ten
         return sketch._use(vector, round, transposed)
     result: Tensor = _Linear.apply(vector, sketch, round, transposed)  # type: ignore[no-untyped-call]
     return result
+
+
+def settings_of(sketch: Sketch | None) -> dict[str, Any]:
+    """What a checkpoint says of its sketch: its arguments, and R_0's digest, which tells another generator."""
+    return {"sketch": repr(sketch), "R_0": None if sketch is None else sketch.digest(0)}
+
+
+def refuse_other(state: Mapping[str, Any], settings: Mapping[str, Any]) -> None:
+    """Raise ValueError, naming the first difference, for a state that was saved with other ``settings``."""
+    for name, mine in settings.items():
+        if state[name] != mine:
+            raise ValueError(f"the state's {name} is {state[name]}; this run's is {mine}")
 
 
 def kind_checked(kind: str, nonzeros: int | None) -> None:
