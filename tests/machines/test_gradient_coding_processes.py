@@ -55,7 +55,7 @@ def test_real_workers_and_a_simulation_with_the_same_survivors_give_the_same_bit
     ("scheme", "arguments", "stop", "in_flight"),
     [
         ("MSGC", {"n": 4, "B": 1, "W": 3, "lam": 2}, 6, 2),
-        ("SRSGC", {"n": 4, "B": 1, "W": 2, "lam": 2}, 2, 1),
+        ("SRSGC", {"n": 4, "B": 1, "W": 2, "lam": 2}, 5, 1),
         ("GC", {"n": 4, "s": 1}, 5, 0),
     ],
 )
