@@ -54,11 +54,12 @@ def run(ctx: Context, name: str, sessions: list[float]) -> dict[str, Any]:
     log: list[Any] = []
     ledger, saved = Ledger(), None
     for number, until in enumerate(sessions):
-        node = member(ctx.rank, name, until)
+        node = member(ctx.rank, name, until, ledger=ledger)
         if saved is not None:
             node.load_state_dict(torch.load(saved, weights_only=True))
         with Mailbox(ctx.rank, session_id("dadao test", name, number)) as mailbox:
             mailbox.introduce(TorchDist())
+            torch.distributed.barrier()  # nobody writes before all know each other: `connect` forgets what came
             serve(node, mailbox, range(ctx.size), unit=UNIT, ledger=ledger)
             torch.distributed.barrier()  # nobody hangs up on one who still reads
         log += node.log
@@ -66,5 +67,25 @@ def run(ctx: Context, name: str, sessions: list[float]) -> dict[str, Any]:
         torch.save(node.state_dict(), saved)
         saved.seek(0)
     state = node.state_dict()
-    sent = [ledger.sent(), len(ledger)]
+    sent = [ledger.sent(), len(ledger), ledger.worked("grad", ctx.rank)]
     return {"log": log, "state": state["state"].tolist(), "counts": state["counts"], "sent": sent}
+
+
+def other_smoothness(ctx: Context, rank: int) -> dict[str, Any]:
+    """One node has eight times the L of the others: what each says."""
+    p = problem()
+    L = 8 * p.L if ctx.rank == rank else p.L
+    rates, until = network("cycle"), 30.0
+    node = Member(
+        p.gradients()[ctx.rank], start()[ctx.rank], rank=ctx.rank, mu=p.mu, L=L, rates=rates, until=until
+    )
+    said = ""
+    with Mailbox(ctx.rank, session_id("dadao test, other L")) as mailbox:
+        mailbox.introduce(TorchDist())
+        torch.distributed.barrier()
+        try:
+            serve(node, mailbox, range(ctx.size), unit=UNIT)
+        except (ValueError, TimeoutError) as error:
+            said = str(error)
+        torch.distributed.barrier()
+    return {"said": said}

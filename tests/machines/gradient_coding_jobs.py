@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import hashlib
+import io
+import math
+import time
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -14,11 +18,12 @@ from cograd.core.streams import stream
 from cograd.engines.mailbox import Mailbox, PeerLost
 from cograd.engines.transport import TorchDist
 from cograd.engines.worker import Context
+from cograd.machines.gradient_coding.choice import select
 from cograd.machines.gradient_coding.clock import Trace
 from cograd.machines.gradient_coding.clusters import MailboxCluster, SimulatedCluster, serve
 from cograd.machines.gradient_coding.codes import Mask
 from cograd.machines.gradient_coding.learners import Bench, Learner
-from cograd.machines.gradient_coding.schemes import GC, Scheme, scheme_of
+from cograd.machines.gradient_coding.schemes import GC, MSGC, MiniTask, Scheme, Uncoded, scheme_of
 from cograd.machines.gradient_coding.training import GradientCoding
 
 MODELS, STEPS, N = 3, 5, 4
@@ -96,6 +101,107 @@ def same_as_simulation(ctx: Context, scheme: str, arguments: dict[str, Any]) -> 
         cluster.close()
     real = {"bits": bits(made), "waits": run.waits, "bytes": run.bytes}
     return {"real": real, "simulated": simulated(scheme_of(scheme, arguments)), "stale": run.round}
+
+
+def resumed(ctx: Context, scheme: str, arguments: dict[str, Any], stop: int) -> dict[str, Any]:
+    """Train for some rounds, save, begin anew with other workers and a new master, load, train to the end."""
+    chosen = scheme_of(scheme, arguments)
+    script, saved, made = scripted(chosen, 60), io.BytesIO(), learners()
+    for resuming in (False, True):
+        with meet(ctx) as mailbox:
+            if ctx.rank:
+                work(mailbox)
+                continue
+            made = learners()
+            cluster = MailboxCluster(mailbox, N, script=lambda r: script[r])
+            run = GradientCoding(made, scheme_of(scheme, arguments), cluster)
+            if resuming:
+                saved.seek(0)
+                run.load_state_dict(torch.load(saved))
+            else:
+                run.start(STEPS)
+            while not run.done and (resuming or run.round < stop):
+                run.step()
+            torch.save(run.state_dict(), saved)
+            flying = len(run.scheme.in_flight)
+            cluster.close()
+        if not resuming:
+            in_flight = flying
+    if ctx.rank:
+        return {}
+    return {"bits": bits(made), "simulated": simulated(chosen)["bits"], "in_flight": in_flight}
+
+
+class Crash(Exception):
+    """Of a worker, in the middle of a task."""
+
+
+class Mortal(Bench):
+    """A worker's bench that fails at its answer number ``at``."""
+
+    def __init__(self, at: int) -> None:
+        super().__init__(learners(), GC(N, 0))
+        self.left = at
+
+    def answer(self, worker: int, tasks: Sequence[MiniTask], base: int) -> list[Tensor]:
+        self.left -= 1
+        if self.left < 0:
+            raise Crash
+        return super().answer(worker, tasks, base)
+
+
+def restarted(ctx: Context) -> dict[str, Any]:
+    """Worker 1 fails in round 4, where it is a straggler, and starts again with initial weights."""
+    chosen = MSGC(N, 1, 3, 2)
+    script = [np.arange(N) == (1 if r == 4 else -1) for r in range(60)]
+    with meet(ctx) as mailbox:
+        if ctx.rank - 1 == 1:
+            try:
+                serve(mailbox, N, Mortal(4))
+            except Crash:
+                return {**work(mailbox), "crashed": True}
+        elif ctx.rank:
+            return work(mailbox)
+        made = learners()
+        cluster = MailboxCluster(mailbox, N, script=lambda r: script[r])
+        run = GradientCoding(made, chosen, cluster)
+        run.train(STEPS)
+        cluster.close()
+    same = learners()
+    GradientCoding(same, MSGC(N, 1, 3, 2), SimulatedCluster(as_delays(script))).train(STEPS)
+    return {"bits": bits(made), "simulated": bits(same), "waits": run.waits}
+
+
+def probed(ctx: Context) -> dict[str, Any]:
+    """Workers of which one is slow: a probe without coding, one at another load, and a choice."""
+    with meet(ctx) as mailbox:
+        if ctx.rank:
+            made = learners()
+            for learner in made:
+                learner.loss = slow_loss if ctx.rank == 3 else loss
+            serve(mailbox, N, Bench(made, GC(N, 0)))
+            return {}
+        cluster = MailboxCluster(mailbox, N)
+        run = GradientCoding(learners(), Uncoded(N), cluster)
+        run.train(4)
+        probe = run.trace()
+        cluster.mu = math.inf
+        run.train(1, GC(N, 1))
+        more = run.trace()
+        cluster.close()
+    choice = select(probe, 0.0, MODELS - 1, ("uncoded", "gc"))
+    means = probe.seconds.mean(0).tolist()
+    return {
+        "shapes": [probe.seconds.shape, more.seconds.shape],
+        "loads": [probe.load, more.load],
+        "means": means,
+        "chosen": repr(choice.scheme),
+    }
+
+
+def slow_loss(model: nn.Module, rows: Tensor) -> Tensor:
+    time.sleep(0.05)
+    return loss(model, rows)
 
 
 def on_real_time(ctx: Context) -> dict[str, Any]:

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import struct
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -16,7 +19,7 @@ from cograd.core.streams import stream
 from cograd.engines.events import Net, Virtual
 from cograd.engines.launch import Workers
 from cograd.machines import DADAO, Graph, gossip_rates
-from cograd.machines.dadao import Event, Member, merged
+from cograd.machines.dadao import Constants, Event, GossipRates, Member, merged
 from cograd.machines.dadao.member import OVERHEAD, Entry
 from cograd.models.convex import LeastSquares
 from machines import dadao_jobs as jobs
@@ -55,6 +58,15 @@ def test_processes_do_what_one_process_does_with_the_same_events(
     sent = sum(rank["sent"][0] for rank in ranks)
     assert sent == run.activations * (2 * 8 * jobs.D + OVERHEAD) + farewells
     assert sum(rank["sent"][1] for rank in ranks) == 3 * run.activations + farewells
+    assert [rank["sent"][2] for rank in ranks] == [node.gradients for node in run.nodes]
+
+
+def test_processes_refuse_a_neighbour_with_another_smoothness(pool: Workers) -> None:
+    said = [rank["said"] for rank in pool.call("dadao_jobs:other_smoothness", {"rank": 2})]
+    assert "has another graph, other rates, constants (mu, L) or another dtype than node 2" in said[2]
+    neighbours = [s for s in (said[1], said[3]) if s.startswith("node 2 has another graph")]
+    assert neighbours  # the one that met it first; the others wait for somebody who has left
+    assert all(said)
 
 
 def members(graph: Graph, until: float, seed: int, d: int = 3) -> tuple[list[Member], LeastSquares]:
@@ -99,21 +111,133 @@ def test_on_fast_links_the_events_come_at_their_rates_and_the_error_falls() -> N
         torch.testing.assert_close(node._state[0], problem.solution, rtol=0.02, atol=2.0)
 
 
-class Mute:
-    """A node that never answers."""
+class Mortal:
+    """A node that does nothing any more from a time on."""
 
-    def start(self, net: Net) -> None: ...
+    def __init__(self, node: Member, death: float) -> None:
+        self.node, self.death = node, death
 
-    def receive(self, net: Net, sender: int, payload: Any) -> None: ...
+    def start(self, net: Net) -> None:
+        self.node.start(net)
 
-    def timer(self, net: Net, key: Any) -> None: ...
+    def receive(self, net: Net, sender: int, payload: Any) -> None:
+        if net.now < self.death:
+            self.node.receive(net, sender, payload)
+
+    def timer(self, net: Net, key: Any) -> None:
+        if net.now < self.death:
+            self.node.timer(net, key)
 
 
-def test_a_neighbour_that_does_not_answer_is_named() -> None:
-    nodes: list[Any] = [jobs.member(rank, "cycle", 100.0, patience=5.0) for rank in range(4)]
-    nodes[3] = Mute()
-    with pytest.raises(TimeoutError, match=r"node \d has not answered node \d for 5 units of time"):
+@pytest.mark.parametrize("name", ["cycle", "complete"])
+@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("death", [0.0, 12.3, 49.5])
+@pytest.mark.parametrize("dead", range(4))
+def test_a_dead_neighbour_that_is_waited_for_is_named(dead: int, death: float, seed: int, name: str) -> None:
+    nodes: list[Any] = [jobs.member(rank, name, 50.0, seed, patience=5.0) for rank in range(4)]
+    nodes[dead] = Mortal(nodes[dead], death)
+    clock = Virtual(nodes, delay=lambda sender, to, size: 0.01)
+    said = ""
+    try:
+        clock.run()
+    except TimeoutError as error:
+        said = str(error)
+    living = [rank for rank in range(4) if rank != dead]
+    if said:  # it, or one that waits for it
+        waited = int(said.split()[1])
+        assert "for 5 units of time" in said
+        assert waited == dead or nodes[waited]._busy or dead in nodes[waited]._heard
+        assert clock.now < 50.0 + 5.0 + 2.0
+    else:  # nobody needed it any more
+        assert all(clock._nets[rank].stopped for rank in living)
+        assert death > 40
+    if death < 40:
+        assert said
+
+
+def test_who_is_waited_for_is_said_in_the_middle_and_at_the_end() -> None:
+    for dead, death, said in (
+        (3, 0.0, r"node 3 has not answered node \d"),
+        (0, 0.0, "node 0 has not told node"),
+    ):
+        nodes: list[Any] = [jobs.member(rank, "cycle", 20.0, patience=5.0) for rank in range(4)]
+        nodes[dead] = Mortal(nodes[dead], death)
+        with pytest.raises(TimeoutError, match=said):
+            Virtual(nodes).run()
+
+
+def test_one_that_ends_later_is_waited_for_as_long_as_it_asks() -> None:
+    nodes = [jobs.member(rank, "cycle", 60.0 if rank == 0 else 8.0, patience=20.0) for rank in range(4)]
+    clock = Virtual(nodes)
+    clock.run()
+    assert all(net.stopped for net in clock._nets)
+
+
+def with_other(name: str) -> Member:
+    """Node 0 of the cycle, one of whose settings is not that of the others."""
+    p = jobs.problem()
+    graph = Graph.cycle(4)
+    given: dict[str, Any] = {"mu": p.mu, "L": p.L, "rates": gossip_rates(graph)}
+    x0 = jobs.start()[0]
+    if name == "dtype":
+        x0 = torch.cat([x0, x0]).float()  # as many bytes
+    elif name == "rates":
+        given["rates"] = gossip_rates(graph, 2 * given["rates"].rates[0])
+    elif name == "graph":
+        given["rates"] = gossip_rates(Graph.complete(4))
+    elif name == "constants":
+        given["constants"] = replace(Constants.of(p.mu, p.L, given["rates"].chi1), beta_t=0.0)
+    else:
+        given[name] *= 8.0 if name == "L" else 0.5
+    return Member(p.gradients()[0], x0, rank=0, until=50.0, **given)
+
+
+@pytest.mark.parametrize("name", ["L", "mu", "rates", "graph", "constants", "dtype"])
+def test_members_with_other_settings_refuse_each_other(name: str) -> None:
+    nodes = [with_other(name), *(jobs.member(rank, "cycle", 50.0) for rank in range(1, 4))]
+    with pytest.raises(
+        ValueError, match=r"node \d has another graph, other rates, constants \(mu, L\) or another"
+    ):
         Virtual(nodes).run()
+
+
+@pytest.mark.parametrize("name", ["L", "mu", "rates", "graph", "constants"])
+def test_a_state_of_a_run_with_other_settings_is_refused(name: str) -> None:
+    node, before = jobs.member(0, "cycle", 1.0), jobs.member(0, "cycle", 1.0).state_dict()
+    with pytest.raises(ValueError, match="a run with another graph, other rates, constants or another dtype"):
+        node.load_state_dict(with_other(name).state_dict())
+    assert torch.equal(node.state_dict()["state"], before["state"])
+
+
+def test_the_refused_one_is_told_why() -> None:
+    one, other = with_other("L"), jobs.member(1, "cycle", 50.0)
+    clock = Virtual([one, other, jobs.member(2, "cycle", 50.0), jobs.member(3, "cycle", 50.0)])
+    for net, node in zip(clock._nets, clock.actors, strict=True):
+        node.start(net)
+    ask = struct.pack("<Bd8s", 0, 0.5, one._setting)
+    with pytest.raises(ValueError, match=r"node 0 has another graph, .* than node 1"):
+        other.receive(clock._nets[1], 0, ask)
+    answer = next(what for *_, rank, sender, what in clock._queue if (rank, sender) == (0, 1))
+    with pytest.raises(ValueError, match=r"node 1 has another graph, .* than node 0"):
+        one.receive(clock._nets[0], 1, answer)
+
+
+def test_the_last_bits_of_the_settings_do_not_matter() -> None:
+    p, rates = jobs.problem(), jobs.network("cycle")
+    near = GossipRates(rates.graphs, (rates.rates[0] * (1 + 2e-16 * np.arange(4)),))
+    made = [
+        Member(p.gradients()[0], jobs.start()[0], rank=0, mu=p.mu, L=p.L, rates=r, until=1.0)
+        for r in (rates, near)
+    ]
+    assert made[0]._setting == made[1]._setting
+
+
+def test_gradients_are_counted() -> None:
+    ledger = Ledger()
+    nodes = [jobs.member(rank, "cycle", 10.0, ledger=ledger) for rank in range(4)]
+    Virtual(nodes, ledger=ledger).run()
+    assert [ledger.worked("grad", rank) for rank in range(4)] == [node.node.gradients for node in nodes]
+    assert ledger.sent() > 0
 
 
 def test_members_that_have_stopped_may_go_on() -> None:
@@ -159,6 +283,8 @@ def test_what_a_member_cannot_be_is_refused() -> None:
         Member(gradient, x0, rank=0, rates=gossip_rates([Graph.cycle(4), Graph.path(4)]), **options)
     with pytest.raises(ValueError, match=r"x0 must be a vector on the CPU; got shape \(1, 5\)"):
         Member(gradient, x0[None], rank=0, rates=rates, **options)
+    with pytest.raises(ValueError, match="patience must be > 0 units of time; got 0"):
+        Member(gradient, x0, rank=0, rates=rates, patience=0, **options)
     with pytest.raises(TypeError, match="x0 must be float32 or float64"):
         Member(gradient, x0.half(), rank=0, rates=rates, **options)
     with pytest.raises(ValueError, match=r"4 members and this one as 1; got 4 and 0"):
@@ -173,6 +299,8 @@ def test_a_members_state_is_not_anothers_and_not_taken_in_the_middle() -> None:
         one.load_state_dict({**one.state_dict(), "members": 5})
     with pytest.raises(ValueError, match=r"must be of shape \(6, 5\)"):
         one.load_state_dict({**one.state_dict(), "state": torch.zeros(6, 4)})
+    with pytest.raises(ValueError, match=r"in torch\.float64, .* got \(6, 5\) in torch\.float32"):
+        one.load_state_dict({**one.state_dict(), "state": torch.zeros(6, 5)})
     nodes = [jobs.member(rank, "cycle", 100.0, patience=1e9) for rank in range(4)]
     Virtual(nodes, delay=lambda a, b, size: 50.0).run(until=40.0)
     busy = next(node for node in nodes if node._busy)

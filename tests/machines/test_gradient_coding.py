@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import copy
 import itertools
+import math
+import threading
+import time
 from collections.abc import Callable
 from fractions import Fraction
 
@@ -14,8 +17,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
+from cograd.core.message import session_id
 from cograd.core.streams import stream
 from cograd.engines.exchange import GradientError
+from cograd.engines.mailbox import Mailbox
 from cograd.machines import (
     GC,
     MSGC,
@@ -25,6 +30,7 @@ from cograd.machines import (
     GilbertElliott,
     GradientCoding,
     Learner,
+    MailboxCluster,
     RepetitionGC,
     SimulatedCluster,
     Trace,
@@ -34,7 +40,9 @@ from cograd.machines import (
 from cograd.machines.baselines import DropSlowest
 from cograd.machines.gradient_coding.choice import fit_slope
 from cograd.machines.gradient_coding.clock import end_of_round, run_clock
+from cograd.machines.gradient_coding.clusters import pack, serve, to_bytes
 from cograd.machines.gradient_coding.codes import Code, Mask, NotDecodable
+from cograd.machines.gradient_coding.learners import Bench
 from cograd.machines.gradient_coding.schemes import DeadlineMissed, Scheme
 from cograd.machines.gradient_coding.training import Decoder
 
@@ -801,6 +809,129 @@ def test_training_may_switch_the_scheme_once_all_jobs_are_done() -> None:
     torch.testing.assert_close(weights(made), reference(8), atol=1e-10, rtol=0)
     with pytest.raises(ValueError, match="no jobs are left"):
         run.step()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, F64])
+def test_a_decoded_sum_becomes_a_gradient_of_the_parameters_dtype(dtype: torch.dtype) -> None:
+    x, y = X.to(dtype), Y.to(dtype)
+    made, plain = learners(), learners()
+    for learner in (*made, *plain):
+        learner.model.to(dtype)
+        learner.loss = lambda model, rows: (model(x[rows]) - y[rows]).square().sum()
+    GradientCoding(made, GC(N, 2), bursts()).train(2)
+    for learner in plain:
+        for step in range(2):
+            learner.optimizer.zero_grad()
+            (learner.loss(learner.model, rows_of(step)) / len(rows_of(step))).backward()
+            learner.optimizer.step()
+    assert weights(made).dtype == dtype
+    torch.testing.assert_close(weights(made), weights(plain), atol=1e-5 if dtype != F64 else 1e-12, rtol=0)
+
+
+class Threads:
+    """A master's mailbox, and workers that serve in threads of this process."""
+
+    def __init__(self, benches: list[Bench]) -> None:
+        n = len(benches)
+        self.boxes = [Mailbox(member, session_id("threads")) for member in range(n + 1)]
+        for box, other in itertools.permutations(self.boxes, 2):
+            box.connect(other.member, other.address)
+        self.master = self.boxes[n]
+        self._threads = [
+            threading.Thread(target=serve, args=(box, n, bench), daemon=True)
+            for box, bench in zip(self.boxes, benches, strict=False)
+        ]
+
+    def start(self) -> None:
+        for thread in self._threads:
+            thread.start()
+
+    def __enter__(self) -> Threads:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for box in reversed(self.boxes):
+            box.close()
+        for thread in self._threads:
+            thread.join(10)
+            assert not thread.is_alive()
+
+
+def test_a_slow_worker_skips_orders_that_were_overtaken_and_keeps_their_weights() -> None:
+    made, scheme = learners(), GC(1, 0)
+    bench = Bench(made, scheme)
+    order = {"do": "work", "scheme": ["GC", scheme.arguments], "base": 0, "hold": False}
+    with Threads([Bench(learners(), scheme)]) as found:
+        for job in range(3):
+            found.master.send(0, job, pack({"do": "weights", "job": job}, to_bytes(bench.weights(job) + job)))
+            found.master.send(0, job, pack({**order, "tasks": [[job, 0]]}))
+        while len(found.boxes[0]._mail) < 6:  # all are there before it begins
+            time.sleep(0.01)
+        found.start()
+        mail = found.master.recv(10)
+        assert mail.round == 2
+        found.master.send(0, 3, pack({**order, "tasks": [[0, 0]]}))  # of a job whose order it skipped
+        again = found.master.recv(10)
+        assert again.round == 3
+        bench.load(0, bench.weights(0))
+        (expected,) = bench.answer(0, [scheme.task(0, 0)], 0)
+        torch.testing.assert_close(bench.split(again.payload, 1)[0], expected, atol=1e-12, rtol=0)
+        with pytest.raises(TimeoutError):
+            found.master.recv(0.1)
+
+
+def test_a_worker_without_a_jobs_weights_says_so() -> None:
+    made, scheme = learners(), GC(1, 0)
+    bench = Bench(made, scheme)
+    order = {"do": "work", "scheme": ["GC", scheme.arguments], "base": 0, "hold": False}
+    with Threads([Bench(learners(), scheme)]) as found:
+        found.start()
+        found.master.send(0, 7, pack({**order, "tasks": [[0, 0]]}))
+        assert bytes(found.master.recv(10).payload) == b""
+        for job in (0, M):  # M is the next one of the same model: the weights of job 0 are gone
+            found.master.send(0, 8, pack({"do": "weights", "job": job}, to_bytes(bench.weights(job))))
+        found.master.send(0, 9, pack({**order, "tasks": [[0, 0]]}))
+        mail = found.master.recv(10)
+        assert (mail.round, bytes(mail.payload)) == (9, b"")
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_models_on_a_gpu_train_with_workers_behind_mailboxes() -> None:
+    def on_gpu() -> list[Learner]:
+        x, y = X.cuda(), Y.cuda()
+        made = learners()
+        for learner in made:
+            learner.model.cuda()
+            learner.optimizer = torch.optim.SGD(learner.model.parameters(), lr=0.02, momentum=0.9)
+            learner.loss = lambda model, rows: (model(x[rows]) - y[rows]).square().sum()
+        return made
+
+    made = on_gpu()
+    with Threads([Bench(on_gpu(), GC(2, 1)) for _ in range(2)]) as found:
+        found.start()
+        cluster = MailboxCluster(found.master, 2)
+        GradientCoding(made, GC(2, 1), cluster).train(2)
+        cluster.close()
+    torch.testing.assert_close(weights(made).cpu(), reference(2), atol=1e-10, rtol=0)
+
+
+def test_the_times_of_a_probe_are_the_traces() -> None:
+    trace = GilbertElliott(enter=0.15).trace(40, N, 0)
+    run = GradientCoding(learners(), Uncoded(N), SimulatedCluster(trace, 2.0))
+    with pytest.raises(ValueError, match=r"in one round or more; round\(s\) \[\] of 0 ended"):
+        run.trace()
+    run.train(5)
+    probe = run.trace()
+    assert probe.load == 1 / N
+    np.testing.assert_allclose(probe.seconds, trace.at(1 / N, 2.0)[:20])
+    assert select(probe, 2.0, 3).scheme.delay <= 3
+    run.cluster.mu = 0.0  # type: ignore[attr-defined]
+    run.train(3, GC(N, 2))
+    with pytest.raises(ValueError, match=r"round\(s\) \[.*\d.*\] of 12 ended without somebody's result"):
+        run.trace()
+    run.cluster.mu = math.inf  # type: ignore[attr-defined]
+    run.train(2)
+    np.testing.assert_allclose(run.trace().seconds, trace.at(3 / N, 2.0)[32:])
 
 
 def with_module(module: nn.Module) -> list[Learner]:

@@ -51,6 +51,37 @@ def test_real_workers_and_a_simulation_with_the_same_survivors_give_the_same_bit
     assert found["real"]["waits"] > 0
 
 
+@pytest.mark.parametrize(
+    ("scheme", "arguments", "stop", "in_flight"),
+    [
+        ("MSGC", {"n": 4, "B": 1, "W": 3, "lam": 2}, 6, 2),
+        ("SRSGC", {"n": 4, "B": 1, "W": 2, "lam": 2}, 5, 1),
+        ("GC", {"n": 4, "s": 1}, 5, 0),
+    ],
+)
+def test_new_workers_get_the_weights_of_all_jobs_in_flight(
+    pool: Pool, scheme: str, arguments: dict[str, Any], stop: int, in_flight: int
+) -> None:
+    found = pool("resumed", scheme=scheme, arguments=arguments, stop=stop)
+    assert found["in_flight"] == in_flight
+    assert found["bits"] == found["simulated"]
+
+
+def test_a_worker_that_fails_and_starts_again_asks_for_the_weights_that_it_lacks(pool: Pool) -> None:
+    ranks = pool.workers.call("gradient_coding_jobs:restarted", {})
+    assert ranks[0]["bits"] == ranks[0]["simulated"]
+    assert ranks[0]["waits"] == 0
+    assert [rank.get("crashed", False) for rank in ranks] == [False, False, True, False, False]
+
+
+def test_a_probe_of_real_workers_is_what_select_takes(pool: Pool) -> None:
+    found = pool("probed")
+    assert found["shapes"] == [[12, 4], [3, 4]]
+    assert found["loads"] == [0.25, 0.5]
+    assert [mean > 0.05 for mean in found["means"]] == [False, False, True, False]
+    assert found["chosen"] == "GC(n=4, s=1, code='cyclic')"
+
+
 def test_on_real_time_the_weights_are_those_of_uncoded_training(pool: Pool) -> None:
     found = pool("on_real_time")
     assert found["error"] < 1e-6  # float32 weights; rounding of decoded float64 sums

@@ -10,22 +10,28 @@ An averaging of the edge (i, j), i < j, is started by i and takes three messages
 2. ``ACCEPT`` j -> i, when j is free: the event's time t, not before either's last event, and y_j + z_j at t;
 3. ``TELL`` i -> j: y_i + z_i at t. Both have moved, both are free.
 
+The first two bear a digest of graph, rates, constants and dtype: nodes that differ in them would drift apart
+without an error, so they refuse each other.
+
 A busy node queues what comes. Whoever waits for an ACCEPT waits for a larger id, and whoever waits for a TELL
 waits for a node that answers at once: no circle of waiting, hence no deadlock.
 """
 
 from __future__ import annotations
 
+import hashlib
 import math
 import struct
 from collections import deque
 from collections.abc import Sequence
+from dataclasses import astuple
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from cograd.core.ledger import Ledger
 from cograd.core.message import Payload
 from cograd.core.streams import stream
 from cograd.engines.events import Net
@@ -34,11 +40,12 @@ from cograd.machines.dadao.node import Constants, Flow, Gradient, Node, check_st
 from cograd.machines.dadao.rates import GossipRates
 
 ASK, ACCEPT, TELL, DONE = range(4)
-OVERHEAD = 19
-"""Bytes that an averaging's messages hold besides the two vectors: kind and time, kind and time, kind."""
 
-_KIND, _TIMED = struct.Struct("<B"), struct.Struct("<Bd")
-_GRADIENT, _END = "gradient", "end"
+_KIND, _TIMED = struct.Struct("<B"), struct.Struct("<Bd8s")
+_GRADIENT, _END, _CHECK = "gradient", "end", "check"
+
+OVERHEAD = 2 * _TIMED.size + _KIND.size
+"""Bytes that an averaging's messages hold besides the two vectors: kind, time and digest, twice, and a kind."""
 
 
 class Entry(NamedTuple):
@@ -59,10 +66,14 @@ class Member:
         mu, L, rates, average, constants: as in `DADAO`; the same at every member.
         until: the unit of time at which it ends. It stops when the neighbours that may still ask are done too.
         seed: of its timers.
-        patience: units of time after which a neighbour that does not answer counts as lost.
+        patience: units of time after which a neighbour that is waited for counts as lost.
+        ledger: counts a ``grad`` of work a gradient; give the engine (`serve`, `Virtual`) the same one, which
+            counts the messages there.
 
-    ``log`` has its events in order. Raises ValueError as `DADAO` does, for a rank that is not in the graph, and
-    for rates of several graphs; while running, TimeoutError that names a neighbour which does not answer.
+    ``log`` has its events in order. Raises ValueError as `DADAO` does, for a rank that is not in the graph, for
+    rates of several graphs and patience <= 0. While running: ValueError for a neighbour with another graph,
+    other rates, constants or dtype, and TimeoutError that names a neighbour which does not answer, or does not
+    end (it may itself be waiting for another one). One that nobody waits for is not missed.
     """
 
     def __init__(
@@ -79,6 +90,7 @@ class Member:
         average: bool = False,
         constants: Constants | None = None,
         patience: float = 30.0,
+        ledger: Ledger | None = None,
     ) -> None:
         if not 0 <= rank < rates.n:
             raise ValueError(f"rank must be a node of the graph, 0 .. {rates.n - 1}; got {rank}")
@@ -86,14 +98,18 @@ class Member:
             raise ValueError(f"rates must be of one graph for processes; got {len(rates.graphs)} graphs")
         if x0.dim() != 1 or x0.device.type != "cpu":
             raise ValueError(f"x0 must be a vector on the CPU; got shape {tuple(x0.shape)} on {x0.device}")
+        if not patience > 0:
+            raise ValueError(f"patience must be > 0 units of time; got {patience}")
         constants = constants if constants is not None else Constants.of(mu, L, rates.chi1)
         check_state(x0, mu, L)
         self._state = Node.fresh(x0.detach())
         self._average = torch.zeros_like(self._state[0]) if average else None
         self.node = Node(self._state, gradient, constants, Flow(constants), self._average)
         self.rank, self.rates, self.until, self.seed, self.patience = rank, rates, until, seed, patience
+        self.ledger = ledger if ledger is not None else Ledger()
         self.log: list[Entry] = []
         self.session = 0
+        self._setting = _setting(rates, constants, x0.dtype)
         pairs = list(zip(rates.graphs[0].edges, rates.rates[0].tolist(), strict=True))
         self._above = {j: rate for (i, j), rate in pairs if i == rank}
         self._below = {i for (i, j), _ in pairs if j == rank}
@@ -110,26 +126,33 @@ class Member:
         self._ahead = self.node.time  # of the clock that starts at 0 in every session
         self._jobs: deque[tuple[Any, float]] = deque()
         self._busy: tuple[int, int, float, float] | None = None  # what for, with whom, event's time, since
-        self._waiting, self._over, self._left = set(self._below), False, False
+        self._heard = dict.fromkeys(self._below, 0.0)  # of those who may still ask, when they last did
+        self._over, self._left = False, math.inf
+        net.after(min(self.patience, 1.0), _CHECK)
         self._arm(net, _GRADIENT)
         for peer in self._above:
             self._arm(net, peer)
         net.after(max(0.0, self.until - self._time(net)), _END)
 
     def timer(self, net: Net, key: Any) -> None:
-        if key == _END:
+        if key == _CHECK:
+            self._check_patience(net)
+            net.after(min(self.patience, 1.0), _CHECK)
+        elif key == _END:
             self._over = True
         elif not self._over:
             self._arm(net, key)
             self._jobs.append((key, 0.0))
-            self._check_patience(net)
         self._work(net)
 
     def receive(self, net: Net, sender: int, payload: Payload) -> None:
         kind = payload[0]
+        if kind in (ASK, ACCEPT):
+            self._compare(net, sender, payload)
         if kind == DONE:
-            self._waiting.discard(sender)
+            self._heard.pop(sender, None)
         elif kind == ASK:
+            self._heard[sender] = net.now
             self._jobs.append(((ASK, sender), _TIMED.unpack(payload)[1]))
         elif self._busy is None or self._busy[:2] != ({ACCEPT: ASK, TELL: ACCEPT}.get(kind), sender):
             raise ValueError(f"message of kind {kind} from node {sender}, which was not asked for it")
@@ -141,6 +164,16 @@ class Member:
             self._meet(self._busy[2], sender, self._vector(payload, _KIND.size))
         self._work(net)
 
+    def _compare(self, net: Net, sender: int, payload: Payload) -> None:
+        kind, time, theirs = _TIMED.unpack_from(payload)
+        if theirs != self._setting:
+            if kind == ASK:  # so that the other one says it too
+                net.send(sender, _TIMED.pack(ACCEPT, time, self._setting))
+            raise ValueError(
+                f"node {sender} has another graph, other rates, constants (mu, L) or another dtype than node "
+                f"{self.rank}: all nodes must be given the same"
+            )
+
     # What it does when it is free.
 
     def _work(self, net: Net) -> None:
@@ -149,15 +182,16 @@ class Member:
             time = max(self._time(net), not_before)
             if isinstance(job, tuple):
                 self._busy = (ACCEPT, job[1], time, net.now)
-                net.send(job[1], _TIMED.pack(ACCEPT, time) + self.node.message(time).tobytes())
+                net.send(job[1], _TIMED.pack(ACCEPT, time, self._setting) + self.node.message(time).tobytes())
             elif self._over:
                 continue  # an own event that came too late
             elif job == _GRADIENT:
+                self.ledger.work(self.rank, "grad")
                 self.node.on_gradient(time)
                 self.log.append(Entry(time, "grad", -1))
             else:
                 self._busy = (ASK, job, time, net.now)
-                net.send(job, _TIMED.pack(ASK, time))
+                net.send(job, _TIMED.pack(ASK, time, self._setting))
         if self._over and self._busy is None:
             self._leave(net)
 
@@ -168,11 +202,11 @@ class Member:
 
     def _leave(self, net: Net) -> None:
         """Say once that no more will be asked, and stop when the same is known of all who may ask."""
-        if not self._left:
-            self._left = True
+        if self._left == math.inf:
+            self._left = net.now
             for peer in self._above:
                 net.send(peer, _KIND.pack(DONE))
-        if not self._waiting:
+        if not self._heard:
             self.session += 1
             net.stop()
 
@@ -191,10 +225,16 @@ class Member:
         return time
 
     def _check_patience(self, net: Net) -> None:
-        if self._busy is not None and net.now - self._busy[3] > self.patience:
+        if self._busy is not None and net.now - self._busy[3] >= self.patience:
             raise TimeoutError(
                 f"node {self._busy[1]} has not answered node {self.rank} for {self.patience:g} units of time"
             )
+        for peer, heard in self._heard.items():
+            if net.now - max(heard, self._left) >= self.patience:
+                raise TimeoutError(
+                    f"node {peer} has not told node {self.rank} for {self.patience:g} units of time that it is "
+                    "done"
+                )
 
     def _vector(self, payload: Payload, offset: int) -> np.ndarray:
         vector = np.frombuffer(payload, self.node.x.dtype, offset=offset)
@@ -218,25 +258,41 @@ class Member:
             "average": self._average.clone() if self._average is not None else None,
             "counts": (self.node.time, self.node.events, self.node.gradients),
             "session": self.session,
+            "setting": self._setting.hex(),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue from `state_dict` in a new session. Raises ValueError for another node's state, one of
-        another number of members (z is shared out among them) or another size."""
-        for name, ours in (("rank", self.rank), ("members", self.rates.n)):
-            if state[name] != ours:
-                raise ValueError(f"the state is of {name} {state[name]}; here it is {ours}")
-        if state["state"].shape != self._state.shape or (state["average"] is None) != (self._average is None):
+        another number of members (z is shared out among them), another size or dtype, or a run with another
+        graph, rates or constants."""
+        for name, here in (("rank", self.rank), ("members", self.rates.n)):
+            if state[name] != here:
+                raise ValueError(f"the state is of {name} {state[name]}; here it is {here}")
+        theirs, ours = state["state"], self._state
+        averages = state["average"] is not None, self._average is not None
+        if (theirs.shape, theirs.dtype) != (ours.shape, ours.dtype) or averages[0] != averages[1]:
             raise ValueError(
-                f"the state must be of shape {tuple(self._state.shape)}, with averages in both or in neither; "
-                f"got {tuple(state['state'].shape)}"
+                f"the state must be of shape {tuple(ours.shape)} in {ours.dtype}, with averages in both or in "
+                f"neither; got {tuple(theirs.shape)} in {theirs.dtype}"
             )
-        self._state.copy_(state["state"])
+        if state["setting"] != self._setting.hex():
+            raise ValueError(
+                "the state is of a run with another graph, other rates, constants or another dtype"
+            )
+        self._state.copy_(theirs)
         if self._average is not None:
             self._average.copy_(state["average"])
         time, events, gradients = state["counts"]
         self.node.time, self.node.events, self.node.gradients = float(time), int(events), int(gradients)
         self.session = int(state["session"])
+
+
+def _setting(rates: GossipRates, constants: Constants, dtype: torch.dtype) -> bytes:
+    """8 bytes of what neighbours must have in common. Numbers count to nine digits: machines may differ in the
+    last bits of the eigenvalues that they come from."""
+    graph = rates.graphs[0]
+    numbers = [f"{number:.9g}" for number in (*rates.rates[0].tolist(), *astuple(constants))]
+    return hashlib.blake2b(repr((graph.n, graph.edges, numbers, dtype)).encode(), digest_size=8).digest()
 
 
 def merged(logs: Sequence[Sequence[Entry]]) -> list[Event]:

@@ -6,6 +6,7 @@ ends, and returns what had arrived by then. The training run neither knows nor c
 
 from __future__ import annotations
 
+import itertools
 import json
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -18,7 +19,7 @@ from torch import Tensor
 
 from cograd.core.message import Payload
 from cograd.engines.mailbox import Mailbox, PeerLost
-from cograd.machines.gradient_coding.clock import Trace, Wait, check_protocol, end_of_round
+from cograd.machines.gradient_coding.clock import Seconds, Trace, Wait, check_protocol, end_of_round
 from cograd.machines.gradient_coding.codes import Mask
 from cograd.machines.gradient_coding.learners import Bench
 from cograd.machines.gradient_coding.schemes import MiniTask, Scheme, scheme_of
@@ -27,22 +28,25 @@ from cograd.machines.gradient_coding.schemes import MiniTask, Scheme, scheme_of
 @dataclass(frozen=True)
 class Orders:
     """What a round needs: its number in the whole run, the number of the scheme's first job, every busy
-    worker's tasks, and the job that starts with its model's weights (numel,), if one does."""
+    worker's tasks, and the jobs whose weights no worker has yet: one that starts, and in the first round after
+    a checkpoint was loaded all that are in flight."""
 
     number: int
     base: int
     tasks: Mapping[int, list[MiniTask]]
-    fresh: tuple[int, Tensor] | None
+    fresh: Sequence[int]
 
 
 @dataclass(frozen=True)
 class Outcome:
     """The results that had arrived when the round ended, by worker, in the order of its tasks; how long it
-    lasted in seconds, and whether it was waited out."""
+    lasted in seconds, whether it was waited out, and after how many seconds each worker's result was there,
+    (n,): NaN for none."""
 
     results: Mapping[int, Sequence[Tensor]]
     seconds: float
     waited: bool
+    times: Seconds
 
 
 class Cluster(Protocol):
@@ -82,12 +86,14 @@ class SimulatedCluster:
             for worker, tasks in orders.tasks.items()
             if seconds[worker] <= end
         }
-        return Outcome(results, end, waited)
+        times = np.full(self.n, np.nan)
+        times[list(results)] = seconds[list(results)]
+        return Outcome(results, end, waited, times)
 
 
-# Real processes.
+# Real processes: weights of a job, tasks, the word to send a result that was held back, and the end.
 
-STOP, RELEASE, WORK = "stop", "release", "work"
+WEIGHTS, WORK, RELEASE, STOP = "weights", "work", "release", "stop"
 
 
 class MailboxCluster:
@@ -99,7 +105,7 @@ class MailboxCluster:
     Args:
         mailbox: the master's, with any other number.
         n: number of workers.
-        mu, wait: of the round protocol, on real time.
+        mu, wait: of the round protocol, on real time; ``mu = math.inf`` waits for everybody, as a probe should.
         patience: seconds to wait for a result without which the round cannot end.
         script: instead of real time, who straggles: ``script(round)`` gives a mask of n. Those workers hold
             their result until they are told, in the order of their numbers, or until their next tasks come;
@@ -125,67 +131,92 @@ class MailboxCluster:
             )
         self.mailbox, self.n, self.mu, self.wait = mailbox, n, mu, wait
         self.patience, self.script = patience, script
+        self.numbers = itertools.count()
 
     def round(self, scheme: Scheme, orders: Orders, bench: Bench) -> Outcome:
-        began = time.monotonic()
-        held = self.script(orders.number) if self.script else np.zeros(self.n, dtype=bool)
-        self._send_out(scheme, orders, held)
         round_ = _Round(self, scheme, orders, bench)
+        round_.send_out()
         if not orders.tasks:
-            return Outcome({}, 0.0, False)
+            return Outcome({}, 0.0, False, round_.times)
         if self.script:
-            round_.receive_until(lambda: not (round_.missing & ~held).any())
+            round_.receive_until(lambda: not (round_.missing & ~round_.held).any())
         else:
             round_.receive_until(lambda: bool(round_.results))
-            round_.receive_for(self.mu * (time.monotonic() - began))
+            round_.receive_for(self.mu * round_.elapsed)
         waited = not scheme.conforms(round_.missing)
         while round_.missing.any() if waited and self.wait == "all" else not scheme.conforms(round_.missing):
-            self._admit(round_, held, orders.number)
-        return Outcome(round_.results, time.monotonic() - began, waited)
+            round_.admit()
+        return Outcome(round_.results, round_.elapsed, waited, round_.times)
 
     def close(self) -> None:
         """Tell the workers to leave."""
         for worker in range(self.n):
-            self._try_send(worker, 0, pack({"do": STOP}))
+            self.try_send(worker, 0, pack({"do": STOP}))
 
-    def _send_out(self, scheme: Scheme, orders: Orders, held: Mask) -> None:
-        """Every worker gets the new weights, also one that has nothing to do."""
-        fresh, body = (None, b"") if orders.fresh is None else (orders.fresh[0], to_bytes(orders.fresh[1]))
-        kind = [type(scheme).__name__, scheme.arguments]
-        head = {"do": WORK, "scheme": kind, "base": orders.base, "fresh": fresh}
-        for worker in range(self.n):
-            tasks = [[task.job, task.item] for task in orders.tasks.get(worker, [])]
-            order = {**head, "tasks": tasks, "hold": bool(held[worker])}
-            self._try_send(worker, orders.number, pack(order, body))
-
-    def _admit(self, round_: _Round, held: Mask, number: int) -> None:
-        """Wait for one more result."""
-        before = len(round_.results)
-        waiting = np.flatnonzero(round_.missing & held)
-        if len(waiting):
-            self._try_send(int(waiting[0]), number, pack({"do": RELEASE}))
-        round_.receive_until(lambda: len(round_.results) > before)
-
-    def _try_send(self, worker: int, number: int, payload: Payload) -> None:
+    def try_send(self, worker: int, number: int, payload: Payload) -> None:
+        """Send to a worker; one that is lost is a straggler from now on."""
         try:
             self.mailbox.send(worker, number, payload)
         except PeerLost:
-            return  # a straggler from now on; `receive_until` says so if the round needs it
+            return  # `receive_until` says so if the round needs it
 
 
 class _Round:
-    """What has arrived of a round."""
+    """What was sent out for a round, and what has arrived of it.
+
+    Its frames bear a number that the cluster never uses again, so that after a checkpoint was loaded no result
+    of the round that once had the same number in the run passes for one of this.
+    """
 
     def __init__(self, cluster: MailboxCluster, scheme: Scheme, orders: Orders, bench: Bench) -> None:
-        self.cluster, self.orders, self.bench = cluster, orders, bench
-        self.results: dict[int, list[Tensor]] = {}
+        self.cluster, self.scheme, self.orders, self.bench = cluster, scheme, orders, bench
+        self.number = next(cluster.numbers)
+        self.held = cluster.script(orders.number) if cluster.script else np.zeros(cluster.n, dtype=bool)
         self.missing = scheme.busy()
+        self.results: dict[int, list[Tensor]] = {}
+        self.times = np.full(cluster.n, np.nan)
+        self._began = time.monotonic()
+
+    @property
+    def elapsed(self) -> float:
+        """Seconds since it began."""
+        return time.monotonic() - self._began
+
+    def send_out(self) -> None:
+        """Every worker gets the new weights, also one that has nothing to do."""
+        weights = [self._weights(job) for job in self.orders.fresh]
+        for worker in range(self.cluster.n):
+            self._order(worker, weights)
+
+    def _weights(self, job: int) -> bytes:
+        return pack({"do": WEIGHTS, "job": job}, to_bytes(self.bench.weights(job)))
+
+    def _order(self, worker: int, weights: Sequence[bytes]) -> None:
+        tasks = [[task.job, task.item] for task in self.orders.tasks.get(worker, [])]
+        order = {
+            "do": WORK,
+            "scheme": [type(self.scheme).__name__, self.scheme.arguments],
+            "base": self.orders.base,
+            "tasks": tasks,
+            "hold": bool(self.held[worker]),
+        }
+        for payload in (*weights, pack(order)):
+            self.cluster.try_send(worker, self.number, payload)
+
+    def admit(self) -> None:
+        """Wait for one more result."""
+        before = len(self.results)
+        waiting = np.flatnonzero(self.missing & self.held)
+        if len(waiting):
+            self.cluster.try_send(int(waiting[0]), self.number, pack({"do": RELEASE}))
+            self.held[waiting[0]] = False
+        self.receive_until(lambda: len(self.results) > before)
 
     def receive_until(self, enough: Callable[[], bool]) -> None:
         """Raises PeerLost if all that are missing are gone, TimeoutError if nothing came within patience."""
         while not enough():
             missing = np.flatnonzero(self.missing).tolist()
-            if missing and set(missing) <= set(self.cluster.mailbox.lost):
+            if self.gone:
                 raise PeerLost(missing[0], f"round {self.orders.number} cannot end without it")
             try:
                 self._take(self.cluster.patience)
@@ -194,52 +225,100 @@ class _Round:
                     f"round {self.orders.number}: no result of workers {missing} in {self.cluster.patience} s"
                 ) from None
 
+    @property
+    def gone(self) -> bool:
+        """Whether somebody is missing and all that are have hung up."""
+        missing = np.flatnonzero(self.missing).tolist()
+        return bool(missing) and set(missing) <= set(self.cluster.mailbox.lost)
+
     def receive_for(self, seconds: float) -> None:
+        """Ends earlier if nobody is left to come, or nothing came within patience."""
         end = time.monotonic() + seconds
-        while self.missing.any() and (left := end - time.monotonic()) > 0:
+        while self.missing.any() and not self.gone and (left := end - time.monotonic()) > 0:
             try:
-                self._take(left)
+                self._take(min(left, self.cluster.patience))
             except TimeoutError:
                 return
 
     def _take(self, timeout: float) -> None:
         mail = self.cluster.mailbox.recv(timeout)
-        if mail.round != self.orders.number or not (mail.sender < self.cluster.n and self.missing[mail.sender]):
+        worker = mail.sender
+        if mail.round != self.number or not (worker < self.cluster.n and self.missing[worker]):
             return  # too late
-        self.results[mail.sender] = self.bench.split(mail.payload, len(self.orders.tasks[mail.sender]))
-        self.missing[mail.sender] = False
+        tasks = self.orders.tasks[worker]
+        if not mail.payload:  # it has started again, or was out of reach when a job began
+            self._order(worker, [self._weights(self.orders.base + task.job) for task in tasks])
+            return
+        self.results[worker] = self.bench.split(mail.payload, len(tasks))
+        self.missing[worker] = False
+        self.times[worker] = self.elapsed
 
 
 def serve(mailbox: Mailbox, master: int, bench: Bench) -> None:
-    """A worker: do what the master asks until it says stop or is gone. ``bench`` is built from the same
-    learners, dtype and seed as the master's; the scheme comes with the orders."""
-    held: tuple[int, bytes] | None = None
-    while True:
-        try:
-            mail = mailbox.recv(None, from_=master)
-        except PeerLost:
+    """A worker: do what the master asks until it says stop or is gone.
+
+    ``bench`` is built from the same learners, dtype and seed as the master's; the scheme comes with the orders,
+    trainable weights with the jobs. A worker that lacks the weights of a job that it is asked for says so and
+    gets them. Orders that newer ones have overtaken are not begun: their rounds are over.
+    """
+    worker = _Worker(mailbox, master, bench)
+    try:
+        while worker.listen():
+            worker.work()
+    except PeerLost:
+        return
+
+
+class _Worker:
+    """The order that is to be done next, and the result that is held back."""
+
+    def __init__(self, mailbox: Mailbox, master: int, bench: Bench) -> None:
+        self.mailbox, self.master, self.bench = mailbox, master, bench
+        self.order: tuple[int, dict[str, Any]] | None = None
+        self.held: tuple[int, bytes] | None = None
+
+    def listen(self) -> bool:
+        """Wait for mail and read all that is there; whether to go on. Of several orders the last is kept."""
+        timeout: float | None = None
+        while True:
+            try:
+                mail = self.mailbox.recv(timeout, from_=self.master)
+            except TimeoutError:
+                return True
+            timeout = 0.0
+            head, body = unpack(mail.payload)
+            if head["do"] == STOP:
+                return False
+            if head["do"] == WEIGHTS:
+                self.bench.load(head["job"], from_bytes(body, self.bench.weights_dtype))
+                continue
+            if self.held is not None:  # told to release it, or overtaken by the next round
+                self.mailbox.send(self.master, *self.held)
+                self.held = None
+            if head["do"] == WORK:
+                self.order = mail.round, head
+            elif self.order is not None:
+                self.order[1]["hold"] = False
+
+    def work(self) -> None:
+        """Do the order, if there is one."""
+        if self.order is None:
             return
-        order, body = unpack(mail.payload)
-        if order["do"] == STOP:
-            return
-        if held is not None:  # told to release it, or overtaken by the next round
-            mailbox.send(master, *held)
-            held = None
-        if order["do"] == RELEASE:
-            continue
-        kind, arguments = order["scheme"]
+        (number, order), self.order = self.order, None
+        bench, (kind, arguments), base = self.bench, order["scheme"], order["base"]
         if (kind, arguments) != (type(bench.scheme).__name__, bench.scheme.arguments):
             bench.restart(scheme_of(kind, arguments))
-        if order["fresh"] is not None:
-            bench.load(order["fresh"], from_bytes(body, bench.weights_dtype))
-        tasks = [bench.scheme.task(mailbox.member, job, item) for job, item in order["tasks"]]
+        tasks = [bench.scheme.task(self.mailbox.member, job, item) for job, item in order["tasks"]]
         if not tasks:
-            continue
-        answer = b"".join(to_bytes(vector) for vector in bench.answer(mailbox.member, tasks, order["base"]))
+            return
+        if not all(bench.holds(base + task.job) for task in tasks):
+            self.mailbox.send(self.master, number, b"")
+            return
+        answer = b"".join(to_bytes(vector) for vector in bench.answer(self.mailbox.member, tasks, base))
         if order["hold"]:
-            held = mail.round, answer
+            self.held = number, answer
         else:
-            mailbox.send(master, mail.round, answer)
+            self.mailbox.send(self.master, number, answer)
 
 
 def pack(head: Mapping[str, Any], body: Payload = b"") -> bytes:

@@ -80,6 +80,7 @@ class Bench:
         self.weights_dtype = kinds.pop()
         self.device = next(iter(self.parameters[0].values())).device
         self._cut: dict[int, tuple[Tensor, ...]] = {}
+        self._loaded: dict[int, int] = {}
         self.refuse_mixing()
 
     @property
@@ -161,13 +162,18 @@ class Bench:
         index = self.learner_of(job)
         for name, value in self.spaces[index].views(weights).items():
             self.parameters[index][name].copy_(value)
+        self._loaded[index] = job
+
+    def holds(self, job: int) -> bool:
+        """Whether a job's weights were loaded, and those of no later job of its model."""
+        return self._loaded.get(self.learner_of(job)) == job
 
     def step(self, job: int, total: Tensor) -> None:
         """Step a job's optimizer on its decoded gradient: the sum over its samples, divided by their number."""
         index = self.learner_of(job)
         mean = total / sum(map(len, self.chunks(job)))
         for name, value in self.spaces[index].views(mean).items():
-            self.parameters[index][name].grad = value.to(self.weights_dtype)
+            self.parameters[index][name].grad = value.to(self.device, self.weights_dtype)
         self.learners[index].optimizer.step()
         self.learners[index].optimizer.zero_grad(set_to_none=True)
 

@@ -90,6 +90,7 @@ class Scheme(ABC):
         self.history = np.zeros((self.remembers - 1, self.n), dtype=bool)
         self._arrivals: dict[int, Mask] = {}
         self._finished: dict[int, Mask] = {}
+        self._plan()
 
     @property
     def rounds(self) -> int | None:
@@ -103,6 +104,15 @@ class Scheme(ABC):
     def exists(self, job: int) -> bool:
         """Whether there is a job of that number."""
         return job >= 0 and (self.jobs is None or job < self.jobs)
+
+    @property
+    def in_flight(self) -> list[int]:
+        """Jobs that have begun and are not done: a later round may ask for more of them."""
+        return sorted(self._arrivals)
+
+    def _plan(self) -> None:
+        """Work out, once for all workers, what the coming round asks of them."""
+        return
 
     @abstractmethod
     def busy(self) -> Mask:
@@ -151,6 +161,7 @@ class Scheme(ABC):
         if self.remembers > 1:
             self.history = np.concatenate([self.history[1:], counted[None]])
         self.round += 1
+        self._plan()
 
     def _counted(self, straggling: Mask) -> Mask:
         """Those of the coming round's stragglers that later rounds must reckon with."""
@@ -208,6 +219,7 @@ class Scheme(ABC):
         self.round = int(state["round"])
         self.history = state["history"].numpy().copy()
         self._arrivals = {int(job): mask.numpy().copy() for job, mask in state["arrivals"].items()}
+        self._plan()
 
 
 class GC(Scheme):
@@ -335,24 +347,23 @@ class SRSGC(_Sequential):
     def coded_items(self) -> range:
         return range(1)
 
-    def repeating(self) -> Mask:
-        """The workers that redo a task of job ``round - B`` in the coming round."""
-        mask = np.zeros(self.n, dtype=bool)
+    def _plan(self) -> None:
+        """The workers that redo a task of job ``round - B`` in the coming round (mask of n)."""
+        self.repeating = np.zeros(self.n, dtype=bool)
         before = self._arrivals.get(self.round - self.B)
         if before is not None:
             absent = np.flatnonzero(~before[:, 0])
-            mask[absent[: max(0, len(absent) - self.s)]] = True
-        return mask
+            self.repeating[absent[: max(0, len(absent) - self.s)]] = True
 
     def busy(self) -> Mask:
-        return np.ones(self.n, dtype=bool) if self.exists(self.round) else self.repeating()
+        return np.ones(self.n, dtype=bool) if self.exists(self.round) else self.repeating.copy()
 
     def task(self, worker: int, job: int, item: int = 0) -> MiniTask:
         return MiniTask(job, 0, self.code.assignment(worker), coded=True)
 
     def tasks(self, round: int, worker: int) -> list[MiniTask]:
         self._check_round(round)
-        if self.repeating()[worker]:
+        if self.repeating[worker]:
             return [self.task(worker, round - self.B)]
         return [self.task(worker, round)] if self.exists(round) else []
 
@@ -362,11 +373,11 @@ class SRSGC(_Sequential):
         return _bursty(window, self.B, self.W, lambda missing: int(missing.sum()) <= self.lam)
 
     def _counted(self, straggling: Mask) -> Mask:
-        harmless = int(straggling.sum()) <= self.s and not self.repeating().any()
+        harmless = int(straggling.sum()) <= self.s and not self.repeating.any()
         return np.zeros_like(straggling) if harmless else straggling
 
     def _after(self, arrived: Mask) -> tuple[dict[int, Mask], list[int]]:
-        repeating, old = self.repeating(), self.round - self.B
+        repeating, old = self.repeating, self.round - self.B
         after = dict(self._arrivals)
         if old in after:
             after[old] = after[old] | (arrived & repeating)[:, None]
@@ -426,8 +437,13 @@ class MSGC(_Sequential):
     def coded_items(self) -> range:
         return range(self.W - 1, self.W - 1 if self.lam == self.n else self.slots)
 
-    def _items(self, job: int) -> NDArray[np.int64]:
-        """What every worker does for a job in the coming round: an item, or -1 for nothing, (n,)."""
+    def _plan(self) -> None:
+        """The mini-tasks of the coming round, in their order: by job, what every worker does for it, an item or
+        -1 for nothing, (n,)."""
+        jobs = [self.round - j for j in range(self.slots)]
+        self._items = {job: self._items_of(job) for job in jobs if self.exists(job)}
+
+    def _items_of(self, job: int) -> NDArray[np.int64]:
         j = self.round - job
         if j <= self.W - 2:
             return np.full(self.n, j)
@@ -435,15 +451,10 @@ class MSGC(_Sequential):
         otherwise = j if j in self.coded_items else -1
         return np.where(held.all(1), otherwise, held.argmin(1))
 
-    def _jobs(self) -> list[int]:
-        """The jobs of the coming round's mini-tasks, in the order of these."""
-        return [self.round - j for j in range(self.slots) if self.exists(self.round - j)]
-
     def busy(self) -> Mask:
         if self.lam < self.n:
             return np.ones(self.n, dtype=bool)
-        working = np.stack([self._items(job) >= 0 for job in self._jobs()])
-        return _any(working)
+        return _any(np.stack(list(self._items.values())) >= 0)
 
     def task(self, worker: int, job: int, item: int) -> MiniTask:
         own = self.W - 1
@@ -454,7 +465,7 @@ class MSGC(_Sequential):
 
     def tasks(self, round: int, worker: int) -> list[MiniTask]:
         self._check_round(round)
-        items = [(job, int(self._items(job)[worker])) for job in self._jobs()]
+        items = [(job, int(items[worker])) for job, items in self._items.items()]
         return [self.task(worker, job, item) for job, item in items if item >= 0]
 
     def _conforms(self, window: Mask) -> bool:
@@ -470,10 +481,10 @@ class MSGC(_Sequential):
     def _after(self, arrived: Mask) -> tuple[dict[int, Mask], list[int]]:
         workers = np.flatnonzero(arrived)
         after = {}
-        for job in self._jobs():
+        for job, planned in self._items.items():
             held = self._arrivals.get(job)
             held = np.zeros((self.n, self.slots), dtype=bool) if held is None else held.copy()
-            items = self._items(job)[workers]
+            items = planned[workers]
             held[workers[items >= 0], items[items >= 0]] = True
             after[job] = held
         due = self.round - self.delay

@@ -28,11 +28,13 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from cograd.core.ledger import Ledger
 from cograd.engines.exchange import GradientError
+from cograd.machines.gradient_coding.clock import Seconds, Trace
 from cograd.machines.gradient_coding.clusters import Cluster, Orders
 from cograd.machines.gradient_coding.codes import combine
 from cograd.machines.gradient_coding.learners import Bench, Learner
@@ -56,7 +58,7 @@ class GradientCoding:
     samples that a worker touched in a round) and ``updates`` (jobs done) tell how it went. A retry needs the
     weights that its job began with: as T <= M - 1, a model has at most one job in flight and keeps them until
     that is done. Memory: for each job in flight, one vector for what is summed and one for each coded result
-    (float64 and ``dtype``, numel each).
+    (float64 and ``dtype``, numel each); 8 n bytes a round for `trace`.
 
     Raises ValueError for a scheme with a delay above M - 1, which would use stale gradients, or of another
     number of workers than the cluster has; and what `Bench` raises.
@@ -82,6 +84,7 @@ class GradientCoding:
         self._check(scheme)
         self.scheme = scheme
         self.scheme_jobs, self._base, self._idle = 0, 0, True
+        self._loaded, self._times = False, list[Seconds]()
 
     def _check(self, scheme: Scheme) -> None:
         models = len(self.bench.learners)
@@ -112,6 +115,7 @@ class GradientCoding:
         self.scheme_jobs = steps * len(self.bench.learners)
         self.scheme.restart(self.scheme_jobs)
         self._idle = False
+        self._times.clear()
 
     @property
     def done(self) -> bool:
@@ -141,6 +145,9 @@ class GradientCoding:
         for worker in sorted(outcome.results):
             self._decoder.add(worker, orders.tasks[worker], outcome.results[worker])
         self._count(orders)
+        self._loaded = False
+        if outcome.results:
+            self._times.append(outcome.times)
         self.round += 1
         self.wall_clock += outcome.seconds
         self.waits += outcome.waited
@@ -150,9 +157,10 @@ class GradientCoding:
         scheme, tasks = self.scheme, {}
         for worker in scheme.busy().nonzero()[0].tolist():
             tasks[worker] = scheme.tasks(scheme.round, worker)
-        job = self._base + scheme.round
-        fresh = (job, self.bench.weights(job)) if scheme.exists(scheme.round) else None
-        return Orders(self.round, self._base, tasks, fresh)
+        fresh = scheme.in_flight if self._loaded else []
+        if scheme.exists(scheme.round):
+            fresh = [*fresh, scheme.round]
+        return Orders(self.round, self._base, tasks, [self._base + job for job in fresh])
 
     def _update(self, job: int, recipe: Recipe) -> int:
         total = self._decoder.gradient(job, recipe)
@@ -167,7 +175,7 @@ class GradientCoding:
     def _count(self, orders: Orders) -> None:
         """Messages and samples of a round."""
         master, numel = self.scheme.n, self.bench.numel
-        if orders.fresh is not None:
+        for _ in orders.fresh:
             size = numel * self.bench.weights_dtype.itemsize
             self.ledger.send(master, self.round, size, copies=self.scheme.n)
         for worker, tasks in orders.tasks.items():
@@ -178,6 +186,22 @@ class GradientCoding:
 
     def _size(self, task: MiniTask) -> int:
         return sum(map(len, self.bench.chunks(self._base + task.job)))
+
+    def trace(self) -> Trace:
+        """Every worker's seconds in every round since `start` or since a checkpoint was loaded, at the scheme's
+        load: a probe for `select`.
+
+        Raises ValueError if there was no round, or one that ended without a worker: its time is not known.
+        Probe with `Uncoded`, or let the cluster wait for everybody (``mu = math.inf``).
+        """
+        seconds = np.array(self._times).reshape(-1, self.scheme.n)
+        unknown = np.flatnonzero(np.isnan(seconds).any(1)).tolist()
+        if unknown or not len(seconds):
+            raise ValueError(
+                "a trace needs every worker's time in one round or more; round(s) "
+                f"{unknown} of {len(seconds)} ended without somebody's result"
+            )
+        return Trace(seconds, self.scheme.load)
 
     @property
     def bytes(self) -> int:
@@ -218,6 +242,8 @@ class GradientCoding:
         for name in _COUNTERS:
             setattr(self, name, state["counters"][name])
         self.bench.restart(self.scheme)
+        self._loaded = True
+        self._times.clear()
 
 
 _COUNTERS = ("round", "waits", "updates", "wall_clock", "max_load", "scheme_jobs", "_base", "_idle")
