@@ -22,7 +22,7 @@ from cograd.engines.mailbox import Mailbox
 from cograd.engines.transport import TorchDist
 from cograd.engines.worker import Context
 from cograd.machines.baselines.full_gradient import Backprop, FullZeroth
-from cograd.machines.one_byte import LocalPeers, LogNibble, OneByte
+from cograd.machines.one_byte import Diverged, LocalPeers, LogNibble, OneByte
 from cograd.machines.one_byte.group import Group
 
 SAMPLES = 4
@@ -108,9 +108,40 @@ def wide(ctx: Context) -> dict[str, Any]:
     return {"sent": zo.ledger.sent(ctx.rank), "bits": zo.fingerprint()}
 
 
+def flip_a_bit(model: nn.Module) -> None:
+    """One in the middle of a trained weight's mantissa, which no update rounds away."""
+    model[3].weight.data.view(torch.int32)[1, 7] ^= 1 << 12  # type: ignore[index, operator, union-attr]
+
+
+def flipped(ctx: Context, victim: int, check_every: int) -> dict[str, Any]:
+    """Eight rounds, in which a bit of one machine's weights flips after two; who hears of it takes over the
+    weights of a machine that is not at fault."""
+    transport, model = TorchDist(), small()
+    zo = optimizer(model, transport=transport, check_every=check_every)
+    said = {}
+    while zo.round < 8:
+        if zo.round == 2 and ctx.rank == victim:
+            flip_a_bit(model)
+        try:
+            zo.step(loss_of(model), batches(zo.round, ctx.rank))
+        except Diverged as error:
+            said = {"text": str(error), "ranks": error.ranks, "round": zo.round, "sent": zo.ledger.sent()}
+            weights = transport.all_gather_bytes(zo.weights())
+            if ctx.rank in error.ranks:
+                zo.load_weights(weights[0 if victim else 1], zo.log, zo.log_eps)
+    checks = [(e.round, e.frame - Frame.OVERHEAD, e.copies) for e in zo.ledger if not e.payload + e.schema]
+    return {
+        "said": said,
+        "bits": zo.fingerprint(),
+        "payload": [[e.round, e.payload] for e in zo.ledger if e.sender == ctx.rank and e.payload],
+        "checks": checks,
+    }
+
+
 def other_on_rank_1(ctx: Context, what: str) -> str:
     model = small()
-    options: dict[str, Any] = {"lr": 0.03} if what == "lr" and ctx.rank == 1 else {}
+    changes: dict[str, Any] = {"lr": 0.03, "check_every": 0}
+    options = {what: changes[what]} if what in changes and ctx.rank == 1 else {}
     if what == "weights" and ctx.rank == 1:
         model[0].weight.data[0, 0] += 1e-6
     if what == "frozen":

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import threading
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,16 +17,26 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from cograd.core.codecs import CodecError, Context, FixedLength, Float32, TopK
-from cograd.core.message import SchemaError, session_id
+from cograd.core.codecs import CodecError, Context, FixedLength, Float16, Float32, TopK
+from cograd.core.message import Frame, FrameError, SchemaError, session_id
+from cograd.core.streams import stream
 from cograd.engines.mailbox import Mailbox
 from cograd.machines.baselines import Backprop, FullZeroth
-from cograd.machines.one_byte import LinearByte, LocalPeers, Log, LogByte, LogError, LogNibble, OneByte
+from cograd.machines.one_byte import (
+    Diverged,
+    LinearByte,
+    LocalPeers,
+    Log,
+    LogByte,
+    LogError,
+    LogNibble,
+    OneByte,
+)
 from cograd.machines.one_byte.agreement import CONTROL, Dropped, Refused, pack
 from cograd.machines.one_byte.group import Group
 from cograd.machines.one_byte.log import Round
 from cograd.machines.one_byte.noise import Direction, Workspace, apply_estimates, spsa_estimate
-from machines.one_byte_jobs import SAMPLES, batches, loss_of, optimizer, small
+from machines.one_byte_jobs import SAMPLES, batches, flip_a_bit, loss_of, optimizer, small
 
 EXAMPLES = settings(derandomize=True, database=None, deadline=None, max_examples=60)
 CTX = Context()
@@ -157,7 +169,7 @@ def test_second_moment_on_a_linear_loss_is_d_plus_two() -> None:
     assert np.mean(squares) / d == pytest.approx(d + 2, rel=0.03)
 
 
-def test_neighbouring_directions_are_uncorrelated_and_their_keys_differ() -> None:
+def test_neighbouring_directions_are_uncorrelated() -> None:
     d = 20_000
     near = [Direction(0, t, m, s) for t in (1, 10) for m in (0, 1, 12) for s in (0, 1, 23)]
     drawn = torch.empty(len(near), d)
@@ -165,8 +177,16 @@ def test_neighbouring_directions_are_uncorrelated_and_their_keys_differ() -> Non
         direction.fill("w", row)
     correlation = torch.corrcoef(drawn) - torch.eye(len(near))
     assert float(correlation.abs().max()) < 5 / d**0.5
-    keys = {Direction(0, t, m, s).key("w") for t in range(100) for m in range(100) for s in range(100)}
-    assert len(keys) == 10**6  # and streams hash keys injectively encoded, see tests/core/test_streams.py
+
+
+def test_no_two_directions_share_a_generators_key(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of 32-bit seeds some would, at so many."""
+    keys: set[int] = set()
+    monkeypatch.setattr(np.random, "Philox", lambda key: keys.add(key))
+    monkeypatch.setattr(np.random, "Generator", lambda philox: None)
+    for t, m, s in itertools.product(range(100), range(100), range(20)):
+        stream(*Direction(0, t, m, s).key("w"))
+    assert len(keys) == 200_000
 
 
 def test_the_reference_codes_colliding_identifiers_do_not_collide() -> None:
@@ -317,6 +337,20 @@ def test_a_loss_that_is_not_finite_is_zero_for_everyone_and_flagged() -> None:
     assert all(bool(torch.isfinite(p).all()) for p in model.parameters())
 
 
+@pytest.mark.parametrize(("codec", "size"), [(Float16(), 1e6), (Float32(), 1e40)])
+def test_an_estimate_that_the_codec_cannot_write_is_zero_for_everyone_and_flagged(
+    codec: FixedLength, size: float
+) -> None:
+    model = nn.Linear(3, 1, bias=False).double()
+    zo = OneByte(model, lr=0.1, samples=4, codec=codec)
+    own = zo.estimate(lambda factor: factor * model.weight.sum(), [1.0, size, 1.0, -size], 0)
+    assert own.flagged == (1, 3)
+    told = decoded(codec, bytes(own.payload), 4)
+    assert [v == 0 for v in told.tolist()] == [False, True, False, True]
+    zo.apply([0], [own.payload])
+    assert bool(torch.isfinite(model.weight).all())
+
+
 def test_variance_scaling_gives_each_tensor_its_share() -> None:
     """Standard deviation over the root mean square of all, which is not multiplied up from tensor to tensor."""
     model = nn.Sequential(nn.Linear(40, 30, bias=False), nn.Linear(30, 20, bias=False))
@@ -387,6 +421,60 @@ def test_info_tells_what_a_round_did() -> None:
     info = zo.step(loss_of(model), batches(0, 0))
     assert (info.round, info.bytes_sent, info.estimates, info.members, info.flagged) == (0, 4, 4, (0,), ())
     assert 0 < info.loss < 3
+
+
+class Pair:
+    """A group of this machine, rank 0, and another that says of itself what ``other`` says."""
+
+    rank, members = 0, 2
+
+    def __init__(self, other: Callable[[bytes], bytes]) -> None:
+        self.other = other
+
+    def all_gather_bytes(self, data: Any) -> list[Any]:
+        try:
+            frame = Frame.unpack(data, bytes(data[8:24]))
+        except FrameError:
+            return [data, data]  # settings
+        return [data, Frame(frame.session, frame.round, 1, self.other(bytes(frame.payload))).pack()]
+
+    def all_reduce(self, vector: Tensor) -> None:
+        raise NotImplementedError
+
+
+def test_of_two_machines_neither_is_said_to_be_right() -> None:
+    zo = optimizer(small(), transport=Pair(lambda identity: bytes(16)))
+    with pytest.raises(Diverged, match="after 0 rounds the weights of rank 1 are not those of rank 0: let one"):
+        zo.compare()
+
+
+def test_replicas_are_compared_every_64_rounds_and_a_machine_alone_is_not() -> None:
+    model, checks = nn.Linear(2, 1), []
+
+    def told(payload: bytes) -> bytes:
+        if len(payload) == 16:
+            checks.append(zo.round)
+        return payload
+
+    zo = OneByte(model, lr=1e-3, samples=1, transport=Pair(told))
+    alone = OneByte(model, lr=1e-3, samples=1)
+    for _ in range(130):
+        zo.step(lambda x: model(x).square().mean(), [torch.ones(3, 2)])
+        alone.step(lambda x: model(x).square().mean(), [torch.ones(3, 2)])
+    assert checks == [64, 128]
+    assert zo.ledger.sent() == 2 * 130
+    assert zo.ledger.sent(size="frame") - zo.ledger.sent(size="schema") == 2 * (
+        130 * (1 + Frame.OVERHEAD) + 2 * (16 + Frame.OVERHEAD)
+    )
+    assert len(alone.ledger) == 130 + 1  # the settings
+
+
+def test_the_learned_perturbation_size_is_part_of_a_replicas_identity() -> None:
+    zo = optimizer(small(), gamma=0.1)
+    before = zo.identity()
+    zo.log_eps = math.nextafter(zo.log_eps, 0)
+    assert len(before) == 16
+    assert zo.identity() != before
 
 
 # The log.
@@ -557,6 +645,13 @@ def test_backprop_is_sgd_on_the_mean_loss() -> None:
     assert all(p.grad is None for p in model.parameters())
 
 
+def test_a_zeroth_order_gradient_that_float32_cannot_hold_is_refused() -> None:
+    model = nn.Linear(3, 1, bias=False).double()
+    zo = FullZeroth(model, lr=0.1, samples=1)
+    with pytest.raises(ValueError, match="machine 0: a gradient of round 0 is not finite"):
+        zo.step(lambda factor: factor * model.weight.sum(), [1e40])
+
+
 @pytest.mark.parametrize("kind", [FullZeroth, Backprop])
 def test_baselines_do_not_pass_on_what_is_not_finite(kind: type[OneByte]) -> None:
     zo = optimizer(small(), kind)
@@ -575,8 +670,8 @@ def test_baselines_do_not_pass_on_what_is_not_finite(kind: type[OneByte]) -> Non
 # Groups over sockets, with members in threads (processes: test_one_byte_processes.py).
 
 
-def grouped(mailbox: Mailbox, peers: dict[int, Any] | None, **options: Any) -> Group:
-    zo = optimizer(small())
+def grouped(mailbox: Mailbox, peers: dict[int, Any] | None, check_every: int = 64, **options: Any) -> Group:
+    zo = optimizer(small(), check_every=check_every)
     return Group.join(zo, mailbox, peers, **options) if peers else Group(zo, mailbox, patience=5)
 
 
@@ -610,6 +705,40 @@ def test_a_group_of_two_over_sockets(download: bool) -> None:
         assert found[0].leader == 5
         sent = [e for e in first.zo.ledger if e.payload]
         assert [(e.payload, e.copies) for e in sent if e.round >= 3] == [(SAMPLES, 1)] * 5
+
+
+def test_a_member_with_a_flipped_bit_leaves_and_comes_back_by_download() -> None:
+    with Mailbox(5, SESSION) as a, Mailbox(2, SESSION) as b:
+        first = grouped(a, None, check_every=4)
+        said: list[str] = []
+        found: list[Group] = []
+
+        def second() -> None:
+            group = grouped(b, {5: a.address}, check_every=4, patience=5)
+            run_rounds(group, 2)
+            flip_a_bit(group.zo.model)
+            with pytest.raises(Dropped) as caught:
+                run_rounds(group, 8)
+            said.append(str(caught.value))
+            assert group.zo.round == 4
+            assert group.peers == {5: a.address}
+            found.append(Group.join(group.zo, b, group.peers, download=True, patience=5))
+            run_rounds(found[0], 8)
+
+        thread = threading.Thread(target=second)
+        thread.start()
+        first.wait_for(2, timeout=10)
+        run_rounds(first, 8)
+        thread.join(10)
+        assert said == [
+            "machine 2's weights are not those of its leader before round 4: join again with download=True"
+        ]
+        assert first.zo.fingerprint() == found[0].zo.fingerprint()
+        assert first.zo.log.digest() == found[0].zo.log.digest()
+        assert [entry.members for entry in first.zo.log] == [(5, 2)] * 8
+        for group in (first, found[0]):
+            sent = [(e.round, e.payload) for e in group.zo.ledger if e.payload]
+            assert sent == [(t, SAMPLES) for t in range(8)]
 
 
 def test_a_newcomer_that_does_not_fit_is_told_why() -> None:
@@ -664,6 +793,9 @@ def half() -> nn.Module:
         (lambda: optimizer(small(), samples=0), "samples must be >= 1; got 0"),
         (lambda: optimizer(small(), average="sum"), "average must be 'mean' or 'sqrt'; got 'sum'"),
         (lambda: optimizer(small(), gamma=-0.1), "gamma must be >= 0; got -0.1"),
+        (lambda: optimizer(small(), check_every=-1), "check_every must be >= 0 rounds, 0 for never; got -1"),
+        (lambda: optimizer(small(), FullZeroth, gamma=0.1), "gamma must be 0 for FullZeroth.* got 0.1"),
+        (lambda: optimizer(small(), Backprop, gamma=0.1), "gamma must be 0 for Backprop"),
         (lambda: optimizer(small(), codec=TopK(0.1)), "codec must be one of fixed length; got TopK"),
         (lambda: optimizer(small().requires_grad_(False)), "at least one tensor"),
         (lambda: optimizer(small()).step(loss_of(small()), []), "one minibatch a sample, 4; got 0"),

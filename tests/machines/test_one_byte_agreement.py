@@ -35,11 +35,18 @@ class Member:
     asked: int = -1
     bored: int = 0
     state: Any = None
+    identity: bytes = b""
     early: list[tuple[int, int, bytes]] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         self.agreement = Agreement(
-            self.id, ("host", self.id), lambda: self.log, self.deliver, self.welcome, AGREED
+            self.id,
+            ("host", self.id),
+            lambda: self.log,
+            self.deliver,
+            self.welcome,
+            lambda: self.identity,
+            AGREED,
         )
 
     def deliver(self, entry: Round) -> None:
@@ -283,6 +290,44 @@ def test_bytes_that_did_not_come_are_fetched() -> None:
     world.link(2, 1).clear()
     world.run(lambda: world.reached(1))
     assert world.members[1].log[0] == Round((0, 1, 2), bytes(code_of(m, 0) for m in range(3)))
+
+
+def commits(world: World) -> list[bytes]:
+    """What follows the commits that the leader has sent and nobody has received yet."""
+    sent = [
+        unpack(payload)
+        for (a, _), queue in world.links.items()
+        for r, payload in queue
+        if a == 0 and r >= CONTROL
+    ]
+    return [blob for content, blob in sent if content["kind"] == "commit"]
+
+
+def test_a_replica_that_differs_leaves_before_the_round_and_the_others_go_on() -> None:
+    world = World(3, 0)
+    for member in world.members.values():
+        member.identity = bytes(16) if member.id != 1 else bytes(15) + b"\1"
+    for id in (0, 1, 2):
+        world.contribute(id)
+    while not commits(world):
+        world.deliver(*next(link for link, queue in world.links.items() if queue and link[1] == 0))
+    assert commits(world) == [bytes(16)] * 2  # 16 bytes more than a commit
+    world.run(lambda: world.reached(1))
+    assert [m.dropped for m in world.members.values()] == [False, True, False]
+    assert len(world.members[1].log) == 0
+    for member in world.live():
+        member.identity = b""
+    world.run(lambda: world.reached(3), contributes=True)
+    assert world.members[2].log[2].members == (0, 2)
+
+
+def test_commits_of_rounds_without_a_check_carry_nothing_more() -> None:
+    world = World(2, 0)
+    world.contribute(1)
+    world.contribute(0)
+    while world.link(1, 0):
+        world.deliver(1, 0)
+    assert commits(world) == [b""]
 
 
 @pytest.mark.parametrize(

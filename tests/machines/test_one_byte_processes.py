@@ -50,9 +50,35 @@ def test_a_million_parameters_send_a_byte_an_estimate(pool: Any) -> None:
     assert len({rank["bits"] for rank in ranks}) == 1
 
 
+@pytest.mark.parametrize("victim", [0, 1])
+def test_one_flipped_bit_is_found_before_the_next_step_and_the_step_pays_nothing_for_it(
+    pool: Any, victim: int
+) -> None:
+    ranks = pool("flipped", victim=victim, check_every=4)
+    others = "0, 2" if victim else "1, 2"
+    for rank in ranks:
+        said = rank["said"]
+        assert said["text"].startswith(
+            f"after 4 rounds the weights of rank {victim} are not those of ranks {others}: let"
+        )
+        assert (list(said["ranks"]), said["round"]) == ([victim], 4)
+        assert said["sent"] == 3 * 4 * jobs.SAMPLES
+        assert rank["payload"] == [[t, jobs.SAMPLES] for t in range(8)]
+        assert [tuple(c) for c in rank["checks"]] == [(4, 16, 2)] * 6  # found, and again once it is repaired
+    assert len({rank["bits"] for rank in ranks}) == 1
+
+
+def test_without_checks_replicas_differ_unseen(pool: Any) -> None:
+    ranks = pool("flipped", victim=1, check_every=0)
+    assert [rank["said"] for rank in ranks] == [{}] * 3
+    assert [rank["checks"] for rank in ranks] == [[]] * 3
+    assert len({rank["bits"] for rank in ranks}) == 2
+
+
 @pytest.mark.parametrize(
     ("what", "message"),
     [
+        ("check_every", "another check_every: 0 there, 64 here"),
         ("lr", "another lr: 0.03 there, 0.02 here"),
         ("weights", "another start of the trainable parameters"),
         ("frozen", "another frozen part of the model"),

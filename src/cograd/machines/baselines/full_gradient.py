@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from cograd.core.codecs import Float32
 from cograd.core.message import Payload
@@ -19,12 +19,21 @@ from cograd.machines.one_byte.optimizer import Closure, OneByte, Own
 
 
 class FullZeroth(OneByte):
-    """`OneByte` whose machines send their zeroth-order gradient in full: 4 d bytes. Arguments as there.
+    """`OneByte` whose machines send their zeroth-order gradient in full: 4 d bytes. Arguments as there, but for
+    ``gamma``: the perturbation size is learned from each estimate's p, which a sum does not tell.
 
-    Samples whose loss is not finite are left out of the sum.
+    Samples whose loss is not finite are left out of the sum. Raises ValueError for a sum that is not finite.
     """
 
     replayable = False
+
+    def __init__(self, model: nn.Module, lr: float, **options: Any) -> None:
+        if options.get("gamma"):
+            raise ValueError(
+                f"gamma must be 0 for {type(self).__name__}, whose messages do not tell each estimate's p; "
+                f"got {options['gamma']}"
+            )
+        super().__init__(model, lr, **options)
 
     @property
     def width(self) -> int:
@@ -42,9 +51,11 @@ class FullZeroth(OneByte):
             for name, view in views.items():
                 view.add_(self._work.step(direction, name, p * (factors[name] if factors else 1.0)).cpu())
         self.ledger.work(machine, "draw", self.samples * self.space.numel)
-        return Own(self._coded(total), tuple(losses), tuple(flagged))
+        return Own(self._coded(total, machine), tuple(losses), tuple(flagged))
 
-    def _coded(self, total: Tensor) -> Payload:
+    def _coded(self, total: Tensor, machine: int) -> Payload:
+        if not bool(torch.isfinite(total).all()):
+            raise ValueError(f"machine {machine}: a gradient of round {self.round} is not finite")
         return Float32().encode(total, self.space.layout, self._context(0)).payload
 
     def _move(self, members: Sequence[int], payloads: Sequence[Payload]) -> None:
@@ -58,8 +69,7 @@ class FullZeroth(OneByte):
 
 class Backprop(FullZeroth):
     """Ordinary gradients, averaged: what zeroth order is measured by. The closure is differentiated instead of
-    run under inference mode; eval mode stays, so that both see the same loss. Raises ValueError for a gradient
-    that is not finite."""
+    run under inference mode; eval mode stays, so that both see the same loss."""
 
     def estimate(self, closure: Closure, batches: Sequence[Any], machine: int) -> Own:
         total, losses = self.space.zeros(), []
@@ -72,7 +82,5 @@ class Backprop(FullZeroth):
                     grads = torch.autograd.grad(loss, list(self._params.values()), materialize_grads=True)
                 total += self.space.flatten(dict(zip(self._params, grads, strict=True))).cpu()
                 losses.append(float(loss.detach()))
-        if not bool(torch.isfinite(total).all()):
-            raise ValueError(f"machine {machine}: a gradient of round {self.round} is not finite")
         self.ledger.work(machine, "grad", self.samples)
-        return Own(self._coded(total), tuple(losses))
+        return Own(self._coded(total, machine), tuple(losses))

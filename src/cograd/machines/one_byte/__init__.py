@@ -9,7 +9,8 @@ model's size. No backward pass, no optimizer state.
 - `codes`: the byte, and the codes it is compared with;
 - `noise`: directions that every machine draws again, and the two halves of a step as functions;
 - `log`: the run as its bytes: replay, repair, shipping;
-- `optimizer`: `OneByte`, a round of a group of machines, and `LocalPeers`, all of them in one process;
+- `optimizer`: `OneByte`, a round of a group of machines and the check that replicas are the same, and
+  `LocalPeers`, all machines in one process;
 - `agreement`: which machines' bytes a round uses when machines come, go and fail, as messages in and out;
 - `group`: the same on sockets.
 """
@@ -18,9 +19,10 @@ from cograd.machines.one_byte.agreement import Dropped, Refused
 from cograd.machines.one_byte.codes import LinearByte, LogByte, LogNibble
 from cograd.machines.one_byte.group import Group
 from cograd.machines.one_byte.log import Log, LogError
-from cograd.machines.one_byte.optimizer import Info, LocalPeers, OneByte
+from cograd.machines.one_byte.optimizer import Diverged, Info, LocalPeers, OneByte
 
 __all__ = [
+    "Diverged",
     "Dropped",
     "Group",
     "Info",

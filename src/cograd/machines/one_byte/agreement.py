@@ -8,6 +8,10 @@ they joined. Whoever holds a commit and all its bytes applies them; whoever lack
 leader. So all apply the same set, and the log of rounds is the same everywhere but for its length. A member
 that missed a round is a member still, but the leader does not wait for it until its bytes come nearly in time.
 
+*Replicas are compared.* In rounds in which that is due, the commit carries the leader's `identity`, a digest of
+its weights as they are before the round. A member whose own is another leaves, and joins again by download. The
+leader's weights count, as somebody's must.
+
 *Joining.* A newcomer asks any member, is sent on to the leader, and gets the list of members and the log (or
 the weights). It takes part as soon as it has caught up.
 
@@ -42,7 +46,8 @@ Address = tuple[str, int]
 
 
 class Dropped(ConnectionError):
-    """The group has gone on without this machine: it must join again."""
+    """The group has gone on without this machine, or this one's weights are not the leader's: it must join
+    again, by download."""
 
 
 class Refused(ConnectionError):
@@ -62,6 +67,13 @@ class Send(NamedTuple):
 Stamp = tuple[int, int, int]
 
 
+class _Commit(NamedTuple):
+    """What the leader decided of a round: its members, and the leader's identity before it, if that is due."""
+
+    members: tuple[int, ...]
+    identity: bytes
+
+
 class _Have(NamedTuple):
     """A member's log: how long it is, its digest, and what the one who asked lacks of it."""
 
@@ -74,8 +86,9 @@ class Agreement:
     """One member's part in the agreement.
 
     ``log`` holds the rounds applied so far; ``deliver(round)`` must apply the next one and append it to
-    ``log``. ``welcome(content, download)`` packs what a newcomer gets. Messages to be sent collect in
-    ``outbox``.
+    ``log``. ``welcome(content, download)`` packs what a newcomer gets. ``identity()`` is a digest of the
+    weights where machines are to compare theirs before the coming round, and empty elsewhere. Messages to be
+    sent collect in ``outbox``.
     """
 
     def __init__(
@@ -85,9 +98,11 @@ class Agreement:
         log: Callable[[], Log],
         deliver: Callable[[Round], None],
         welcome: Callable[[dict[str, Any], bool], bytes],
+        identity: Callable[[], bytes],
         agreed: bytes,
     ) -> None:
         self.me, self._log, self._deliver, self._welcome, self._agreed = me, log, deliver, welcome, agreed
+        self._identity = identity
         self.roster: list[int] = [me]
         self.addresses: dict[int, Address] = {me: address}
         self.leader: int | None = me
@@ -97,7 +112,7 @@ class Agreement:
         self._late: set[int] = set()
         self._ballot, self._version = (0, me), 0
         self._codes: dict[int, dict[int, bytes]] = {}
-        self._ahead: dict[int, tuple[int, ...]] = {}
+        self._ahead: dict[int, _Commit] = {}
         self._fetched: tuple[int, int] | None = None
         self._asked: dict[int, _Have | None] = {}
         self._waiting: dict[int, dict[str, Any]] = {}
@@ -161,7 +176,8 @@ class Agreement:
     # What comes in.
 
     def receive(self, sender: int, round: int, payload: Payload) -> None:
-        """Handle a message. Raises `Dropped` if it says that the group has gone on without this member."""
+        """Handle a message. Raises `Dropped` if it says that the group has gone on without this member, or with
+        other weights."""
         if round < CONTROL:
             if self._stranger(sender):
                 return
@@ -209,9 +225,10 @@ class Agreement:
             self._codes = {r: c for r, c in self._codes.items() if r >= round}
             commit, codes = self._ahead.get(round), self._codes.get(round, {})
             if commit is not None:
-                missing = [m for m in commit if m not in codes]
+                missing = [m for m in commit.members if m not in codes]
                 if not missing:
-                    self._apply(commit, codes)
+                    self._compare(commit)
+                    self._apply(commit.members, codes)
                     continue
                 if self.leader is not None and self._fetched != (round, self.leader):
                     self._fetched = (round, self.leader)
@@ -228,11 +245,21 @@ class Agreement:
     def _propose(self) -> None:
         round, codes = self.round, self._codes[self.round]
         members = tuple(m for m in self.roster if m in codes)
-        for to in self._others():
-            self._say(to, "commit", ballot=self._ballot, round=round, members=members)
+        others = self._others()
+        identity = self._identity() if others else b""
+        for to in others:
+            self._say(to, "commit", identity, ballot=self._ballot, round=round, members=members)
         self._apply(members, codes)
         if self._gone & set(self.roster):
             self._enrol()
+
+    def _compare(self, commit: _Commit) -> None:
+        """A replica that something has changed goes no further."""
+        if commit.identity and commit.identity != self._identity():
+            raise Dropped(
+                f"machine {self.me}'s weights are not those of its leader before round {self.round}: "
+                "join again with download=True"
+            )
 
     def _apply(self, members: tuple[int, ...], codes: Mapping[int, bytes]) -> None:
         self._ahead.pop(self.round, None)
@@ -244,7 +271,7 @@ class Agreement:
     def _on_commit(self, sender: int, content: dict[str, Any], blob: bytes) -> None:
         if tuple(content["ballot"]) == self._ballot and sender == self.leader:
             if content["round"] >= self.round:
-                self._ahead[content["round"]] = tuple(content["members"])
+                self._ahead[content["round"]] = _Commit(tuple(content["members"]), blob)
             self._progress()
 
     def _on_fetch(self, sender: int, content: dict[str, Any], blob: bytes) -> None:

@@ -1,9 +1,12 @@
 """Machines that join and leave while the training goes on: `OneByte` over TCP, without a fixed process group.
 
     with Mailbox(member=3, session=session_id("my run"), host="10.0.0.4") as mailbox:
-        group = Group.join(OneByte(model, lr=1e-3), mailbox, {0: ("10.0.0.1", 4000)})
+        group = Group.join(zo, mailbox, {0: ("10.0.0.1", 4000)})
         while group.round < 1000:
-            group.step(loss, batches(group.round))
+            try:
+                group.step(loss, batches(group.round))
+            except Dropped:  # it was too slow, or its weights had changed
+                group = Group.join(zo, mailbox, group.peers, download=True)
 
 The first machine founds the group with ``Group(zo, mailbox)``. Which machines' bytes a round uses is agreed,
 see `cograd.machines.one_byte.agreement`, which also states what failures it bears.
@@ -55,6 +58,7 @@ class Group:
             lambda: zo.log,
             self._deliver,
             self._pack_welcome,
+            lambda: zo.identity() if zo.check_due else b"",
             zo.agreement(),
         )
 
@@ -72,7 +76,8 @@ class Group:
         """Enter a group through any members whose addresses are known, tried in the order given.
 
         The model must be at the run's start, and the log is replayed; with ``download`` it may be anywhere (the
-        frozen part must be the group's) and takes over the weights.
+        frozen part must be the group's) and takes over the weights. A machine that was `Dropped` comes back by
+        download, with the ``peers`` of its old membership.
 
         Raises `Refused` if the id is taken or model or settings differ, TimeoutError if nobody lets it in
         within ``timeout`` seconds.
@@ -101,6 +106,12 @@ class Group:
         return tuple(self._agreement.roster)
 
     @property
+    def peers(self) -> dict[int, Address]:
+        """Where the other members listen, for `join`."""
+        addresses = self._agreement.addresses
+        return {member: addresses[member] for member in self.members if member != self.mailbox.member}
+
+    @property
     def leader(self) -> int | None:
         """Who decides rounds; None while that is being settled."""
         return self._agreement.leader
@@ -109,8 +120,10 @@ class Group:
         """Take part in the coming round, as `OneByte.step`, and return when it is applied.
 
         A machine that was late applies every round that has been decided meanwhile, so the number of rounds may
-        grow by more than one: let ``round`` drive the loop. Raises `Dropped` if the group has gone on without
-        this machine.
+        grow by more than one: let ``round`` drive the loop. Every ``check_every`` rounds of the optimizer this
+        machine compares its weights with the leader's before it applies the round; the digest travels in the
+        leader's commit, 16 bytes. Raises `Dropped` if they differ, or if the group has gone on without this
+        machine.
         """
         self._drain()
         me, round = self.mailbox.member, self.round

@@ -12,7 +12,8 @@ whose byte code is all that it sends. Everyone draws everyone's z again and appl
 n being the number of estimates collected (its root with ``average="sqrt"``). The sender applies the decoded
 value too, and the canonical order fixes every rounding, so that replicas stay the same bits. Traffic is S bytes
 a machine and round whatever the model's size; there is no backward pass. What a round costs instead is 2 S
-forward passes and S d + M S d normal draws on each machine (d trainable elements, M machines).
+forward passes and S d + M S d normal draws on each machine (d trainable elements, M machines). Replicas are
+compared before every 64th round, which takes 16 bytes a machine beside the steps' payload.
 
     zo = OneByte(model, lr=1e-3, samples=8, transport=TorchDist())
     for batches in loader:                                     # S minibatches a step
@@ -27,6 +28,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import struct
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -60,10 +62,21 @@ from cograd.machines.one_byte.noise import (
 Closure: TypeAlias = Callable[[Any], Tensor]
 
 
+class Diverged(RuntimeError):
+    """Replicas are no longer the same bits. ``ranks`` are those whose weights are not those of most."""
+
+    def __init__(self, round: int, ranks: Sequence[int], others: Sequence[int]) -> None:
+        super().__init__(
+            f"after {round} rounds the weights of {_ranks(ranks)} are not those of {_ranks(others)}: let one "
+            "side take over the other's weights(), log and log_eps by load_weights, or go back to a checkpoint"
+        )
+        self.ranks = tuple(ranks)
+
+
 @dataclass(frozen=True)
 class Own:
     """What one machine contributes to a round: the payload it sends, the mean loss of each of its samples, and
-    which samples were flagged because a loss was not finite."""
+    which samples were flagged: a loss was not finite, or the codec cannot write the estimate."""
 
     payload: Payload
     losses: tuple[float, ...]
@@ -102,6 +115,8 @@ class OneByte:
             square of all of them. A tensor whose entries are all the same then never moves.
         include: narrows what is trained, by name and parameter.
         transport: the group of machines; a group of one if not given. Machines compare models and settings.
+        check_every: rounds from one comparison of the replicas to the next; 0 is never. It costs a digest of
+            the trainable weights, and 16 bytes a machine, which the ledger has in a frame without payload.
         ledger: counts messages, forward passes and draws.
 
     ``step`` leaves the model's parameters where they are in memory. Memory beyond the model: 8 bytes a
@@ -128,6 +143,7 @@ class OneByte:
         variance_scaling: bool = False,
         include: Callable[[str, nn.Parameter], bool] | None = None,
         transport: Transport | None = None,
+        check_every: int = 64,
         ledger: Ledger | None = None,
     ) -> None:
         for name, value in (("lr", lr), ("eps", eps)):
@@ -139,10 +155,13 @@ class OneByte:
             raise ValueError(f"average must be 'mean' or 'sqrt'; got {average!r}")
         if not 0 <= gamma < math.inf:
             raise ValueError(f"gamma must be >= 0; got {gamma}")
+        if check_every < 0:
+            raise ValueError(f"check_every must be >= 0 rounds, 0 for never; got {check_every}")
         if not isinstance(codec, FixedLength):
             raise ValueError(f"codec must be one of fixed length; got {codec!r}")
         self.model, self.lr, self.eps, self.samples, self.average = model, lr, eps, samples, average
         self.codec, self.seed, self.gamma, self.variance_scaling = codec, seed, gamma, variance_scaling
+        self.check_every = check_every
         self.space = ParamSpace.of(model, include)
         self._params = {s.name: trainable(model)[s.name] for s in self.space}
         for name, p in self._params.items():
@@ -177,11 +196,14 @@ class OneByte:
 
         Every machine calls it. The model is in eval mode meanwhile, and the closure runs under
         ``torch.inference_mode``; it must return a float32 or float64 scalar, the same for the same batch. A
-        loss that is not finite makes its estimate zero for everyone.
+        loss that is not finite makes its estimate zero for everyone. Every ``check_every`` rounds it compares
+        the replicas first.
 
         Raises ValueError for another number of batches than ``samples``, TypeError for a loss in half
-        precision.
+        precision, `Diverged` on every machine, before anything is measured, if the replicas differ.
         """
+        if self.check_due and self.transport.members > 1:
+            self.compare()
         me = self.transport.rank
         own = self.estimate(closure, batches, me)
         payloads = self._gather(own.payload)
@@ -192,10 +214,8 @@ class OneByte:
     def estimate(self, closure: Closure, batches: Sequence[Any], machine: int) -> Own:
         """Measure the S projected gradients of a machine and code them; the parameters stay as they are."""
         projections, losses = self._measure(closure, batches, machine)
-        finite = np.isfinite(projections)
-        coded = torch.from_numpy(np.where(finite, projections, -0.0))  # minus zero: not a number, see codes
-        payload = self.codec.encode(coded, (self.samples,), self._context(machine)).payload
-        return Own(payload, tuple(losses), tuple(np.flatnonzero(~finite).tolist()))
+        payload, finite = self._encode(torch.from_numpy(projections), machine)
+        return Own(payload, tuple(losses), tuple((~finite).nonzero().flatten().tolist()))
 
     def apply(self, members: Sequence[int], payloads: Sequence[Payload]) -> None:
         """Apply everyone's codes, members in canonical order (by join), and write them to the log.
@@ -242,6 +262,18 @@ class OneByte:
         self.ledger.work(machine, "forward", 2 * self.samples)
         self.ledger.work(machine, "draw", self.samples * self.space.numel * (2 if self.gamma else 1))
         return np.array([e.projection for e in found]), [e.loss for e in found]
+
+    def _encode(self, projections: Tensor, machine: int) -> tuple[Payload, Tensor]:
+        """Their code, and which are numbers in it: neither a loss that is not finite nor a number that is too
+        large for the codec may reach the others."""
+        layout, context = (self.samples,), self._context(machine)
+        finite = projections.isfinite()
+        coded = self.codec.encode(torch.where(finite, projections, -0.0), layout, context)  # -0.0: see codes
+        kept = coded.kept.dense().isfinite()
+        if not bool(kept.all()):
+            finite &= kept
+            coded = self.codec.encode(torch.where(finite, projections, -0.0), layout, context)
+        return coded.payload, finite
 
     def _move(self, members: Sequence[int], payloads: Sequence[Payload]) -> None:
         values: list[float] = []
@@ -348,27 +380,57 @@ class OneByte:
         """Compare settings and models with the other machines; the session's id follows from them."""
         mine = self.agreement()
         for rank, theirs in enumerate(self.transport.all_gather_bytes(mine)):
-            refuse_other(json.loads(bytes(theirs)), self.log.header, f"rank {rank}")
+            refuse_other(json.loads(bytes(theirs)), self._terms(), f"rank {rank}")
             self.ledger.send(rank, 0, 0, schema=len(mine), copies=self.transport.members - 1)
         return session_id(mine.decode(), self.transport.members)
 
     def agreement(self) -> bytes:
         """Settings, model and start of the run as bytes: what machines compare when they meet."""
-        told = {key: value for key, value in self.log.header.items() if key != "versions"}
-        return json.dumps(told, sort_keys=True).encode()
+        return json.dumps(self._terms(), sort_keys=True).encode()
 
-    def _gather(self, payload: Payload) -> list[Payload]:
-        frame = Frame(self._session, self.round, self.transport.rank, payload)
+    def _terms(self) -> dict[str, Any]:
+        """What a log must fit, and what machines that meet must have in common besides."""
+        told = {key: value for key, value in self.log.header.items() if key != "versions"}
+        return {**told, "check_every": self.check_every}
+
+    def _gather(self, message: Payload, *, check: bool = False) -> list[Payload]:
+        """Everyone's message. What a check says is no payload of a step."""
+        frame = Frame(self._session, self.round, self.transport.rank, message)
         packed = self.transport.all_gather_bytes(frame.pack())
         frames = [Frame.unpack(data, self._session, self.round) for data in packed]
         for f in frames:
             size = len(f.payload)
             self.ledger.send(
-                f.sender, f.round, size, frame=size + Frame.OVERHEAD, copies=self.transport.members - 1
+                f.sender,
+                f.round,
+                0 if check else size,
+                frame=size + Frame.OVERHEAD,
+                copies=self.transport.members - 1,
             )
         return [f.payload for f in frames]
 
     # Identity, repair and checkpoints.
+
+    @property
+    def check_due(self) -> bool:
+        """Whether replicas are to be compared before the coming round."""
+        return self.check_every > 0 and self.round > 0 and self.round % self.check_every == 0
+
+    def compare(self) -> None:
+        """Compare this machine's `identity` with the others': 16 bytes from each. Every machine calls it.
+
+        Raises `Diverged` on all of them, with the ranks that differ from most; from rank 0's side on a tie.
+        """
+        told = [bytes(identity) for identity in self._gather(self.identity(), check=True)]
+        usual = max(told, key=told.count)
+        ranks = [rank for rank, identity in enumerate(told) if identity != usual]
+        if ranks:
+            raise Diverged(self.round, ranks, [rank for rank in range(len(told)) if rank not in ranks])
+
+    def identity(self) -> bytes:
+        """16 bytes that are the same on all machines whose weights and perturbation size are."""
+        known = self.fingerprint().encode() + struct.pack("<d", self.log_eps)
+        return hashlib.blake2b(known, digest_size=16).digest()
 
     def fingerprint(self) -> str:
         """Digest of the trainable parameters' bytes: replicas are the same if these are."""
@@ -497,6 +559,10 @@ _WORDS = {
     "checkpoint": "start of the trainable parameters (digest)",
     "draws": "generator of normal numbers (digest of its draws; another version of numpy?)",
 }
+
+
+def _ranks(ranks: Sequence[int]) -> str:
+    return f"rank{'s' * (len(ranks) > 1)} {', '.join(map(str, ranks))}"
 
 
 def _digest(tensors: Iterable[tuple[str, Tensor]]) -> str:
