@@ -1,8 +1,8 @@
 """FedSpeed: prox-corrected local steps with perturbed gradients (arXiv 2302.10429, algorithm 1).
 
 Shared between clients and server: one vector up and one down a round, as in FedAvg. What each client keeps to
-itself is a *dual* vector g_hat_i: it cancels the bias of the proximal pull, so that many local steps do not drift
-to the client's own optimum. With mu = 1/lambda, the pull toward the received x:
+itself is a *dual* vector g_hat_i: it cancels the bias of the proximal pull, so that many local steps do not
+drift to the client's own optimum. With mu = 1/lambda, the pull toward the received x:
 
     K local steps:  g1 = grad f_i(v; B);  g2 = grad f_i(v + rho g1; B)         same minibatch B    (eq. 4, 5)
                     v <- v - lr ((1 - alpha) g1 + alpha g2 - g_hat_i + mu (v - x) + wd v)
@@ -13,11 +13,11 @@ The dual is kept as h_i = -g_hat_i / mu, the sum of the client's moves so far. T
     "all" (the released code)    h_bar <- h_bar + (1/N) sum_S (v_i - x);  x <- x + mean_S (v_i - x) + h_bar
     "active" (the paper's text)  x <- mean_S (v_i + h_i)
 
-They are one rule if all clients take part. Otherwise the active duals alone are a noisy stand-in for the mean of
-all, and "active" falls below FedAvg, which is why "all" is the default.
+They are one rule if all clients take part. Otherwise the active duals alone are a noisy stand-in for the mean
+of all, and "active" falls below FedAvg, which is why "all" is the default.
 
-Special cases: mu = 0 is FedAvg (alpha = 0) or FedSAM (alpha = 1); a dual that is held at zero, FedProx; alpha = 0
-with "all", FedDyn.
+Special cases: mu = 0 is FedAvg (alpha = 0) or FedSAM (alpha = 1); a dual that is held at zero, FedProx; alpha
+= 0 with "all", FedDyn.
 """
 
 from __future__ import annotations
@@ -52,8 +52,9 @@ class FedSpeed(Synchronous):
 
     Args:
         local: the clients' training. Clipping (``max_norm``) applies to the quasi-gradient alone, before the
-            dual, the pull and weight decay are added: the released code clips some of them with it, which leaves
-            a spurious pull whenever the clip bites. Momentum is refused, as the dual is a sum of plain steps.
+            dual, the pull and weight decay are added: the released code clips some of them with it, which
+            leaves a spurious pull whenever the clip bites. Momentum is refused, as the dual is a sum of plain
+            steps.
         prox: mu, the pull toward the received model; the paper's lambda is 1/mu.
         rho: radius of the ascent step.
         alpha: share of the gradient at the ascended point, in [0, 1].

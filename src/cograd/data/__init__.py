@@ -46,8 +46,8 @@ __all__ = [
     "digest",
     "dirichlet",
     "iid",
-    "matching",
     "load",
+    "matching",
     "names",
     "shards",
 ]

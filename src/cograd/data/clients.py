@@ -52,7 +52,9 @@ class Clients(Sequence[ClientData]):
             raise ValueError(f"test_parts must be of {len(parts)} clients, as parts is; got {len(test_parts)}")
         for client, part in enumerate(parts.parts):
             if not len(part):
-                raise ValueError(f"client {client} holds no examples ({parts.rule}); give a min_size or equal sizes")
+                raise ValueError(
+                    f"client {client} holds no examples ({parts.rule}); give a min_size or equal sizes"
+                )
         self.parts, self.test_parts = parts, test_parts
         mine = _by_client(train, parts)
         if test is None or test_parts is None:

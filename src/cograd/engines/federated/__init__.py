@@ -21,8 +21,9 @@ from cograd.engines.federated.protocol import (
     mean_of,
     sizes_of,
 )
+from cograd.engines.federated.row import Row
 from cograd.engines.federated.samplers import Available, Bernoulli, Cyclic, Everyone, Sampler, Uniform
-from cograd.engines.federated.simulation import Row, Simulation
+from cograd.engines.federated.simulation import Simulation
 from cograd.engines.federated.training import LocalSGD
 from cograd.engines.federated.workers import ClientError
 

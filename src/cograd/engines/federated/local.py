@@ -41,7 +41,18 @@ class LocalModel:
             p.grad = slots[name]
         self._slots = [(p, slots[name]) for name, p in parameters.items()]
         self._buffers = [b for b in module.buffers() if b.is_floating_point()]
-        self.last_loss = float("nan")
+        self.last_loss = torch.tensor(float("nan"))
+
+    @classmethod
+    def of(cls, model: nn.Module | Tensor, loss: Loss | None) -> LocalModel:
+        """A module and its loss; or a bare vector (numel,), which has no outputs and no loss."""
+        if isinstance(model, nn.Module) and loss is not None:
+            return cls(model, loss)
+        if isinstance(model, Tensor) and model.ndim == 1 and loss is None:
+            return cls(_Point(model), _no_loss)
+        raise TypeError(
+            f"give a module and its loss, or a vector and None; got {type(model).__name__} and {loss!r}"
+        )
 
     def at(self, vector: Tensor) -> Tensor:
         """``theta``, set to ``vector``."""
@@ -87,6 +98,18 @@ class LocalModel:
         parts = vector.split([b.numel() for b in self._buffers])
         for buffer, part in zip(self._buffers, parts, strict=True):
             buffer.copy_(part.view(buffer.shape))
+
+
+class _Point(nn.Module):
+    """A vector as a module."""
+
+    def __init__(self, vector: Tensor) -> None:
+        super().__init__()
+        self.x = nn.Parameter(vector.clone())
+
+
+def _no_loss(outputs: Tensor, targets: Tensor) -> Tensor:
+    raise TypeError("this session is on a bare vector: there is no loss")
 
 
 def minibatches(n: int, size: int, epochs: int, draw: Callable[[int], Tensor]) -> Iterator[Tensor]:

@@ -5,8 +5,8 @@ state is named tensors and scalars that stay with the client; nothing else outli
 told of events (`Start`, `Reply`, `Timer`) and answers with actions (`Send`, `After`). It keeps what it must
 remember in a state of the same kind, so that every engine can save it.
 
-Most methods go in rounds and extend `Synchronous`, which knows two questions: what is asked of whom (`ask`), and
-what the replies make of the server's state (`close`). A round may hold several such exchanges.
+Most methods go in rounds and extend `Synchronous`, which knows two questions: what is asked of whom (`ask`),
+and what the replies make of the server's state (`close`). A round may hold several such exchanges.
 """
 
 from __future__ import annotations
@@ -170,7 +170,13 @@ class Method(ABC):
     def next(self, server: State, event: Event, session: Session) -> Sequence[Action]:
         """React to an event; changes ``server`` in place."""
 
-    def resumed(self, server: State, session: Session, on_the_way: Sequence[Event]) -> None:
+    def shared(self, space: ParamSpace) -> ParamSpace:
+        """The part of the model whose vectors travel: codecs apply to tensors with as many elements."""
+        return space
+
+    def resumed(  # noqa: B027  # most have nothing to do
+        self, server: State, session: Session, on_the_way: Sequence[Event]
+    ) -> None:
         """The session goes on from a saved state; ``on_the_way`` are the events that are still to come."""
 
     @abstractmethod
@@ -178,7 +184,8 @@ class Method(ABC):
         """The global model (numel,): what the server would hand out."""
 
     def personal(self, server: State, client: State, number: int) -> Tensor:
-        """The model that client ``number`` uses after aggregation; the global one unless a method personalises."""
+        """The model that client ``number`` uses after aggregation; the global one unless a method
+        personalises."""
         return self.model(server)
 
 
@@ -204,10 +211,13 @@ class Synchronous(Method):
     def next(self, server: State, event: Event, session: Session) -> Sequence[Action]:
         if isinstance(event, Start):
             return self._open(server, session)
-        if isinstance(event, Reply) and self._asked.get(event.client) == event.task:
-            self._replies[event.client] = event.content
-        elif isinstance(event, Lost) and self._asked.get(event.client) == event.task:
-            del self._asked[event.client]
+        if isinstance(event, Reply | Lost):
+            if event.round != server["round"] or self._asked.get(event.client) != event.task:
+                return ()  # too late: its exchange is over
+            if isinstance(event, Reply):
+                self._replies[event.client] = event.content
+            else:
+                del self._asked[event.client]
         if len(self._replies) < len(self._asked) and not self._late(event, server):
             return ()
         if not self._replies:
@@ -234,9 +244,7 @@ class Synchronous(Method):
         return isinstance(event, Timer) and event.key == server.get("exchange", 0)
 
 
-def mean_of(
-    replies: Mapping[int, Content], name: str, weights: Mapping[int, float] | None = None
-) -> Tensor:
+def mean_of(replies: Mapping[int, Content], name: str, weights: Mapping[int, float] | None = None) -> Tensor:
     """The mean of a tensor of the replies, added in the order of the clients; ``weights`` need not sum to 1."""
     total, scale = None, 0.0
     for client, content in replies.items():
@@ -247,7 +255,9 @@ def mean_of(
         else:
             total.add_(content[name], alpha=weight)
     if total is None or not scale > 0:
-        raise ValueError(f"weights must be given for at least one client, and sum to more than 0; got {weights}")
+        raise ValueError(
+            f"weights must be given for at least one client, and sum to more than 0; got {weights}"
+        )
     return total.div_(scale)
 
 

@@ -29,7 +29,8 @@ def _count(fraction: float | None, count: int | None, clients: int) -> int:
 
 @dataclass(frozen=True)
 class Uniform:
-    """So many clients without replacement, all sets equally likely: ``Uniform(0.1)`` or ``Uniform(count=10)``."""
+    """So many clients without replacement, all sets equally likely: ``Uniform(0.1)`` or
+    ``Uniform(count=10)``."""
 
     fraction: float | None = None
     count: int | None = None

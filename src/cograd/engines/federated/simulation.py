@@ -4,18 +4,15 @@
     for row in sim.rounds(60):
         print(row.round, row.accuracy, row.up, row.down)
 
-The same seed gives the same numbers whatever the number of worker processes: every client runs on one thread, draws
-from its own streams, and replies are taken in the order of the clients' numbers.
+The same seed gives the same numbers whatever the number of worker processes: every client runs on one thread,
+draws from its own streams, and replies are taken in the order of the clients' numbers.
 """
 
 from __future__ import annotations
 
-import hashlib
 import heapq
-import json
 import math
 import os
-import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -29,6 +26,7 @@ from torch import Tensor, nn
 from cograd.core.codecs import Codec, Context, Float32
 from cograd.core.ledger import Ledger
 from cograd.core.message import Frame, Schema
+from cograd.engines.federated import saving
 from cograd.engines.federated.local import LocalModel, Loss
 from cograd.engines.federated.protocol import (
     Action,
@@ -43,8 +41,9 @@ from cograd.engines.federated.protocol import (
     Timer,
     all_finite,
 )
+from cograd.engines.federated.row import Row
 from cograd.engines.federated.samplers import Everyone, Sampler
-from cograd.engines.federated.store import StateStore, read, write
+from cograd.engines.federated.store import StateStore
 from cograd.engines.federated.wire import Wire
 from cograd.engines.federated.workers import BUFFERS, ClientError, Done, Forked, Here, Job, Runner, one_thread
 
@@ -55,37 +54,18 @@ BUFFER_RULES = ("refuse", "local", "mean")
 NONFINITE_RULES = ("refuse", "exclude")
 
 
-@dataclass(frozen=True)
-class Row:
-    """What one round (or aggregation) was: cumulative bytes, work and seconds, and accuracies where measured.
+@dataclass
+class Tally:
+    """Counters of a simulation; all of them are saved with it."""
 
-    ``up`` and ``down`` are payload bytes of all clients since the start. ``accuracy`` is the global model's on
-    the test set; over the clients' own test sets ``personal`` is the mean after aggregation, ``worst`` the mean
-    of the worst tenth, ``before`` that of the participants right after their training.
-    """
-
-    round: int
-    time: float
-    participants: tuple[int, ...]
-    up: int
-    down: int
-    work: Mapping[str, float]
-    seconds: float
-    accuracy: float | None = None
-    personal: float | None = None
-    worst: float | None = None
-    before: float | None = None
-    reports: Mapping[str, float] = field(default_factory=dict)
-    lost: Mapping[int, str] = field(default_factory=dict)
-
-    def to_json(self) -> dict[str, Any]:
-        return {**vars(self), "lost": list(self.lost.items())}
-
-    @classmethod
-    def from_json(cls, row: Mapping[str, Any]) -> Row:
-        """Inverse of `to_json`."""
-        lost = {int(client): why for client, why in row["lost"]}
-        return cls(**{**row, "participants": tuple(row["participants"]), "lost": lost})
+    answers: list[int]
+    order: int = 0
+    ticks: int = 0
+    started: bool = False
+    up: int = 0
+    down: int = 0
+    work: dict[str, float] = field(default_factory=dict)
+    seconds: float = 0.0
 
 
 class Simulation:
@@ -93,8 +73,9 @@ class Simulation:
 
     Args:
         method: what is simulated.
-        model: a module, whose trainable parameters are what is shared; it belongs to the simulation from then on.
-        loss: mean loss of outputs and targets.
+        model: a module, whose trainable parameters are what is shared; it belongs to the simulation from then
+            on. Or a vector, for methods that need no module.
+        loss: mean loss of outputs and targets; None with a vector.
         clients: what each client holds, for example `cograd.data.Clients`; every entry must have a length > 0.
         sampler: who takes part in a round.
         seed: of everything that is drawn.
@@ -119,8 +100,8 @@ class Simulation:
     def __init__(
         self,
         method: Method,
-        model: nn.Module,
-        loss: Loss,
+        model: nn.Module | Tensor,
+        loss: Loss | None,
         clients: Sequence[Any],
         *,
         sampler: Sampler = Everyone(),
@@ -146,7 +127,7 @@ class Simulation:
         if timeout is not None and not timeout > 0:
             raise ValueError(f"timeout must be > 0 or None; got {timeout}")
         self.method, self.clients, self.test, self.every, self.personal = method, clients, test, every, personal
-        self.local = LocalModel(model, loss)
+        self.local = LocalModel.of(model, loss)
         kept = self.local.buffers
         if kept is not None and buffers == "refuse":
             raise ValueError(
@@ -155,32 +136,38 @@ class Simulation:
             )
         self.ledger = ledger if ledger is not None else Ledger()
         self.states = StateStore(cap)
-        self._buffers = kept if buffers == "mean" else None
+        self.buffers = kept if buffers == "mean" else None
         self._nonfinite, self._response = nonfinite, _response_times(response_time, len(clients))
         sampler(0, len(clients), seed)  # a participation that selects nobody is refused here
         space, initial = self.local.space, self.local.theta.clone()
         self.session = Session(
             space, initial, sizes, seed, lambda round: sampler(round, len(clients), seed), timeout
         )
+        layout = method.shared(space).layout
         self.runner = Runner(
-            method.tasks(), clients, sizes, self.local, initial, Wire(space.layout, up), Wire(space.layout, down),
+            method.tasks(), clients, sizes, self.local, initial, Wire(layout, up), Wire(layout, down),
             seed, buffers if kept is not None else "refuse", personal,
         )  # fmt: skip
         count = (os.cpu_count() or 1) if workers is None else workers
         if count < 0:
             raise ValueError(f"workers must be >= 0 or None; got {workers}")
-        self._workers, self._executor = count, None
+        self._workers = count
+        self._executor: Here | Forked | None = None
         self.server = method.start(self.session)
         self.history: list[Row] = []
-        self._queue: list[tuple[int, int, Event]] = []
-        self._order = self._ticks = 0
-        self._started = False
-        self._answers = [0] * len(clients)
-        self._up = self._down = 0
-        self._work: dict[str, float] = {}
-        self._seconds = 0.0
+        self.queue: list[tuple[int, int, Event]] = []
+        self.tally = Tally([0] * len(clients))
         self._schemas: set[str] = set()
+        self._new_buffers: dict[int, Tensor] = {}
         self._new_row()
+
+    def save(self, folder: Path) -> None:
+        """Write all that is needed to go on (see `saving.save`)."""
+        saving.save(self, folder)
+
+    def load(self, folder: Path) -> None:
+        """Continue from what `save` wrote (see `saving.load`)."""
+        saving.load(self, folder)
 
     # Running
 
@@ -193,7 +180,7 @@ class Simulation:
         With ``checkpoint`` the run is saved there every ``save_every`` rounds and at the end, and continues
         from there if something is saved. ``progress`` is called after every round.
         """
-        if checkpoint is not None and (checkpoint / "simulation.json").exists() and not self._started:
+        if checkpoint is not None and (checkpoint / "simulation.json").exists() and not self.tally.started:
             self.load(checkpoint)
         for row in self.rounds(rounds):
             if progress is not None:
@@ -212,7 +199,7 @@ class Simulation:
 
     def until(self, time: float) -> Iterator[Row]:
         """Rounds that end at or before a time of the session's clock."""
-        while self._started is False or (self._queue and self._queue[0][0] <= round(time * TICKS)):
+        while self.tally.started is False or (self.queue and self.queue[0][0] <= round(time * TICKS)):
             row = self.advance(round(time * TICKS))
             if row is None:
                 return
@@ -221,20 +208,20 @@ class Simulation:
     def advance(self, limit: float = math.inf) -> Row | None:
         """Run to the end of the next round; None if nothing is left to happen up to the tick ``limit``."""
         began = time.monotonic()
-        if not self._started:
-            self._started = True
+        if not self.tally.started:
+            self.tally.started = True
             self._do(self.method.next(self.server, Start(), self.session))
         done = self.server["round"]
         while self.server["round"] == done:
-            if not self._queue or self._queue[0][0] > limit:
-                self._seconds += time.monotonic() - began
+            if not self.queue or self.queue[0][0] > limit:
+                self.tally.seconds += time.monotonic() - began
                 return None
-            self._ticks, _, event = heapq.heappop(self._queue)
-            self.session.now = self._ticks / TICKS
+            self.tally.ticks, _, event = heapq.heappop(self.queue)
+            self.tell_time()
             if isinstance(event, Reply):
                 self._arrived(event)
             self._do(self.method.next(self.server, event, self.session), before=done)
-        self._seconds += time.monotonic() - began
+        self.tally.seconds += time.monotonic() - began
         return self._row()
 
     def close(self) -> None:
@@ -262,10 +249,14 @@ class Simulation:
         if sends:
             self._ask(sends)
 
+    def tell_time(self) -> None:
+        """Set the session's time to the clock's."""
+        self.session.now = self.tally.ticks / TICKS
+
     def _at(self, delay: float, event: Event) -> None:
-        ticks = self._ticks + round(delay * TICKS)
-        heapq.heappush(self._queue, (ticks, self._order, event))
-        self._order += 1
+        ticks = self.tally.ticks + round(delay * TICKS)
+        heapq.heappush(self.queue, (ticks, self.tally.order, event))
+        self.tally.order += 1
 
     def _ask(self, sends: Sequence[Send]) -> None:
         jobs = self._jobs(sends)
@@ -278,8 +269,8 @@ class Simulation:
         for done, event in zip(results, replies, strict=True):
             if isinstance(event, Reply):
                 self.states[done.client] = done.state
-            self._at(self._response(done.client, self._answers[done.client]), event)
-            self._answers[done.client] += 1
+            self._at(self._response(done.client, self.tally.answers[done.client]), event)
+            self.tally.answers[done.client] += 1
 
     def _jobs(self, sends: Sequence[Send]) -> list[Job]:
         packed: dict[int, tuple[Schema, bytes]] = {}
@@ -287,13 +278,13 @@ class Simulation:
         for send in sends:
             key = id(send.content)
             if key not in packed:
-                content = send.content if self._buffers is None else {**send.content, BUFFERS: self._buffers}
+                content = send.content if self.buffers is None else {**send.content, BUFFERS: self.buffers}
                 wire = self.runner.down
                 context = Context(self.session.seed, number, server)
                 packed[key] = wire.schema(content), wire.pack(content, context)
             schema, payload = packed[key]
             self._count(server, send.to, number, schema, len(payload))
-            self._down += len(payload)
+            self.tally.down += len(payload)
             state = self.states[send.to]
             jobs.append(Job(send.to, send.task, number, key, schema, payload, state))
         return jobs
@@ -306,17 +297,19 @@ class Simulation:
 
     def _received(self, job: Job, done: Done) -> Event:
         self._count(job.client, len(self.clients), job.round, done.schema, len(done.payload))
-        self._up += len(done.payload)
+        self.tally.up += len(done.payload)
         for kind, amount in done.work.items():
             self.ledger.work(job.client, kind, amount)
-            self._work[kind] = self._work.get(kind, 0.0) + amount
+            self.tally.work[kind] = self.tally.work.get(kind, 0.0) + amount
         for name, value in done.reports.items():
             self._reports.setdefault(name, []).append(value)
         content = self.runner.up.unpack(
             done.payload, done.schema, Context(self.session.seed, job.round, job.client)
         )
         if not all_finite(content):
-            what = f"the reply of client {job.client} to {job.task!r} in round {job.round} holds NaN or infinity"
+            what = (
+                f"the reply of client {job.client} to {job.task!r} in round {job.round} holds NaN or infinity"
+            )
             if self._nonfinite == "refuse":
                 raise ClientError(f"{what}; nonfinite='exclude' would leave it out")
             self._lost[job.client] = what
@@ -333,7 +326,9 @@ class Simulation:
         if self._new_buffers:
             weights = {client: float(self.session.sizes[client]) for client in sorted(self._new_buffers)}
             total = sum(weights.values())
-            self._buffers = sum((self._new_buffers[c] * (w / total) for c, w in weights.items()), torch.zeros(()))
+            self.buffers = sum(
+                (self._new_buffers[c] * (w / total) for c, w in weights.items()), torch.zeros(())
+            )
             self._new_buffers = {}
 
     def _count(self, sender: int, to: int, number: int, schema: Schema, payload: int) -> None:
@@ -354,7 +349,8 @@ class Simulation:
             return self.local.correct(vector, examples.x, examples.y) / len(examples.y)
 
     def personal_accuracies(self) -> list[float]:
-        """Each client's share right on its own test examples, with its model after aggregation; NaN without any."""
+        """Each client's share right on its own test examples, by its model after aggregation; NaN without
+        any."""
         found = []
         with one_thread():
             for client, data in enumerate(self.clients):
@@ -366,8 +362,8 @@ class Simulation:
         return found
 
     def _evaluation_buffers(self, state: Mapping[str, Any] | None = None) -> None:
-        if self._buffers is not None:
-            self.local.buffers = self._buffers
+        if self.buffers is not None:
+            self.local.buffers = self.buffers
         elif state is not None and BUFFERS in state:
             self.local.buffers = state[BUFFERS]
 
@@ -386,10 +382,10 @@ class Simulation:
             round=number,
             time=self.session.now,
             participants=tuple(sorted(self._participants)),
-            up=self._up,
-            down=self._down,
-            work=dict(self._work),
-            seconds=self._seconds,
+            up=self.tally.up,
+            down=self.tally.down,
+            work=dict(self.tally.work),
+            seconds=self.tally.seconds,
             before=reports.pop("before", None),
             reports={**reports, **self.session.reports},
             lost=self._lost,
@@ -403,92 +399,7 @@ class Simulation:
         self._participants: set[int] = set()
         self._reports: dict[str, list[float]] = {}
         self._lost: dict[int, str] = {}
-        self._new_buffers: dict[int, Tensor] = {}
         self.session.reports.clear()
-
-    # Saving
-
-    def save(self, folder: Path) -> None:
-        """Write all that is needed to go on: server, clients, messages on their way, history.
-
-        The folder is replaced as a whole when everything is written.
-        """
-        part = folder.with_name(f"{folder.name}.part")
-        shutil.rmtree(part, ignore_errors=True)
-        (part / "clients").mkdir(parents=True)
-        write(self.server, part / "server.safetensors")
-        for client in self.states:
-            write(self.states[client], part / "clients" / f"{client}.safetensors")
-        queue = sorted(self._queue)
-        events, contents = [], {} if self._buffers is None else {BUFFERS: self._buffers}
-        for number, (when, order, event) in enumerate(queue):
-            names = sorted(event.content) if isinstance(event, Reply) else []
-            events.append([when, order, type(event).__name__, _scalars(event), names])
-            contents |= {f"{number}.{name}": event.content[name] for name in names}  # type: ignore[union-attr]
-        write(contents, part / "queue.safetensors")
-        saved = {
-            "identity": self._identity(),
-            "queue": events,
-            "history": [row.to_json() for row in self.history],
-            **{name: getattr(self, f"_{name}") for name in _SAVED},
-        }
-        (part / "simulation.json").write_text(json.dumps(saved))
-        shutil.rmtree(folder, ignore_errors=True)
-        os.replace(part, folder)
-
-    def load(self, folder: Path) -> None:
-        """Continue from what `save` wrote: the rounds that follow are bit for bit those of a run never stopped.
-
-        The ledger's single messages are not saved, only their sums. Raises ValueError where it was written by a
-        simulation of another method, model, seed or set of clients.
-        """
-        saved = json.loads((folder / "simulation.json").read_text())
-        for name, mine in self._identity().items():
-            if saved["identity"][name] != mine:
-                raise ValueError(
-                    f"{folder} is of another simulation: its {name} is {saved['identity'][name]!r}, here {mine!r}"
-                )
-        self.server = read(folder / "server.safetensors")
-        for file in sorted((folder / "clients").iterdir(), key=lambda f: int(f.stem)):
-            self.states[int(file.stem)] = read(file)
-        contents = read(folder / "queue.safetensors")
-        self._buffers = contents.pop(BUFFERS, self._buffers)
-        self._queue = [
-            (when, order, _event(kind, scalars, {name: contents[f"{number}.{name}"] for name in names}))
-            for number, (when, order, kind, scalars, names) in enumerate(saved["queue"])
-        ]
-        for name in _SAVED:
-            setattr(self, f"_{name}", saved[name])
-        self.history = [Row.from_json(row) for row in saved["history"]]
-        self.session.now = self._ticks / TICKS
-        self.method.resumed(self.server, self.session, [event for _, _, event in sorted(self._queue)])
-
-    def _identity(self) -> dict[str, Any]:
-        """What a saved run must share with this one."""
-        sizes = hashlib.blake2b(repr(list(self.session.sizes)).encode(), digest_size=8).hexdigest()
-        return {
-            "method": repr(self.method),
-            "model": self.local.space.digest,
-            "sizes of the clients": sizes,
-            "seed": self.session.seed,
-            "codecs": f"{self.runner.up.codec!r}, {self.runner.down.codec!r}",
-        }
-
-
-_SAVED = ("ticks", "order", "answers", "up", "down", "work", "seconds", "started")
-_EVENTS = {event.__name__: event for event in (Reply, Timer, Lost)}
-
-
-def _scalars(event: Event) -> dict[str, Any]:
-    return {name: value for name, value in vars(event).items() if name != "content"}
-
-
-def _event(kind: str, scalars: Mapping[str, Any], content: dict[str, Tensor]) -> Event:
-    """An event as it was saved; a timer's key, which JSON makes a list of where it was a tuple, too."""
-    if kind == "Timer":
-        return Timer(tuple(scalars["key"]) if isinstance(scalars["key"], list) else scalars["key"])
-    extra = {"content": content} if kind == "Reply" else {}
-    return _EVENTS[kind](**scalars, **extra)
 
 
 def _sizes(clients: Sequence[Any]) -> list[int]:

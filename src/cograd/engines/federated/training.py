@@ -74,8 +74,11 @@ class LocalSGD:
                 return
             yield data.x[rows], data.y[rows]
 
-    def run(self, ctx: ClientContext, data: ClientData, start: Tensor, gradient: Gradient | None = None) -> Tensor:
-        """Train from ``start`` (numel,) and return where it ended: the model's own storage, so copy it to keep it.
+    def run(
+        self, ctx: ClientContext, data: ClientData, start: Tensor, gradient: Gradient | None = None
+    ) -> Tensor:
+        """Train from ``start`` (numel,); returns where it ended, in the model's own storage: copy it to keep
+        it.
 
         ``gradient`` replaces the plain one and must count its own work (``ctx.count("grad", ...)``).
         """

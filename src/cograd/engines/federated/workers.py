@@ -93,9 +93,7 @@ class Runner:
 
     def _run(self, job: Job) -> Done:
         content = self.down.unpack(job.payload, job.schema, Context(self.seed, job.round, len(self.clients)))
-        ctx = ClientContext(
-            job.client, job.round, self.seed, self.sizes, self.model, self.initial
-        )
+        ctx = ClientContext(job.client, job.round, self.seed, self.sizes, self.model, self.initial)
         state = dict(job.state)
         self._set_buffers(state, content)
         torch.manual_seed(seed_for(self.seed, "client", job.client, job.round, job.task))
@@ -164,7 +162,8 @@ class Forked:
 
     def __init__(self, runner: Runner, count: int) -> None:
         context = multiprocessing.get_context("fork")
-        self._pipes, self._processes = [], []
+        self._pipes: list[Any] = []
+        self._processes: list[Any] = []
         for _ in range(count):
             ours, theirs = context.Pipe()
             process = context.Process(target=_serve, args=(runner, theirs, [ours, *self._pipes]), daemon=True)
@@ -182,7 +181,7 @@ class Forked:
             for pipe in self._pipes:
                 self._give(pipe, waiting, busy, known, jobs)
         while len(found) < len(jobs):
-            ready = multiprocessing.connection.wait([pipe for pipe in self._pipes if busy[pipe]])
+            ready: list[Any] = multiprocessing.connection.wait([pipe for pipe in self._pipes if busy[pipe]])
             for pipe in ready:
                 number = busy[pipe].pop(0)
                 found[number] = self._take(pipe, jobs[number])
