@@ -177,9 +177,9 @@ class Method(ABC):
         return space
 
     def resumed(  # noqa: B027  # most have nothing to do
-        self, server: State, session: Session, on_the_way: Sequence[Event]
+        self, server: State, session: Session, coming: Sequence[Event], sends: Sequence[Send]
     ) -> None:
-        """The session goes on from a saved state; ``on_the_way`` are the events that are still to come."""
+        """The session goes on from a saved state: these events are still to come, these messages to be sent."""
 
     @abstractmethod
     def model(self, server: State) -> Tensor:
@@ -230,9 +230,9 @@ class Synchronous(Method):
         server["exchange"] = server.get("exchange", 0) + 1
         return self._open(server, session)
 
-    def resumed(self, server: State, session: Session, on_the_way: Sequence[Event]) -> None:
+    def resumed(self, server: State, session: Session, coming: Sequence[Event], sends: Sequence[Send]) -> None:
         self._replies = {}
-        self._asked = {e.client: e.task for e in on_the_way if isinstance(e, Reply | Lost)}
+        self._asked = {send.to: send.task for send in sends}
 
     def _open(self, server: State, session: Session) -> Sequence[Action]:
         sends = list(self.ask(server, session))

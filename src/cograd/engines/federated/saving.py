@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
-from cograd.engines.federated.protocol import Event, Lost, Reply, Timer
+from cograd.engines.federated.protocol import Event, Lost, Reply, Send, Timer
 from cograd.engines.federated.row import Row
 from cograd.engines.federated.store import read, write
 from cograd.engines.federated.workers import BUFFERS
@@ -38,9 +38,20 @@ def save(sim: Simulation, folder: Path) -> None:
         content = event.content if isinstance(event, Reply) else {}
         events.append([when, order, type(event).__name__, _scalars(event), list(content)])
         contents |= {f"{number}.{name}": tensor for name, tensor in content.items()}
+    unique = {id(send.content): send.content for send in sim.sends}
+    for number, content in enumerate(unique.values()):
+        contents |= {f"send.{number}.{name}": tensor for name, tensor in content.items()}
+    numbers = {key: number for number, key in enumerate(unique)}
+    sends = [[send.to, send.task, numbers[id(send.content)], list(send.content)] for send in sim.sends]
     write(contents, part / "queue.safetensors")
     history = [row.to_json() for row in sim.history]
-    saved = {"identity": identity(sim), "queue": events, "history": history, "tally": vars(sim.tally)}
+    saved = {
+        "identity": identity(sim),
+        "queue": events,
+        "sends": sends,
+        "history": history,
+        "tally": vars(sim.tally),
+    }
     (part / "simulation.json").write_text(json.dumps(saved))
     shutil.rmtree(folder, ignore_errors=True)
     os.replace(part, folder)
@@ -66,11 +77,15 @@ def load(sim: Simulation, folder: Path) -> None:
         (when, order, _event(kind, scalars, {name: contents[f"{number}.{name}"] for name in names}))
         for number, (when, order, kind, scalars, names) in enumerate(saved["queue"])
     ]
+    sent = {
+        number: {n: contents[f"send.{number}.{n}"] for n in names} for _, _, number, names in saved["sends"]
+    }
+    sim.sends = [Send(to, task, sent[number]) for to, task, number, _ in saved["sends"]]
     for name, value in saved["tally"].items():
         setattr(sim.tally, name, value)
     sim.history = [Row.from_json(row) for row in saved["history"]]
     sim.tell_time()
-    sim.method.resumed(sim.server, sim.session, [event for _, _, event in sim.queue])
+    sim.method.resumed(sim.server, sim.session, [event for _, _, event in sim.queue], sim.sends)
 
 
 def identity(sim: Simulation) -> dict[str, Any]:

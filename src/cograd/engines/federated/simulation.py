@@ -156,6 +156,7 @@ class Simulation:
         self.server = method.start(self.session)
         self.history: list[Row] = []
         self.queue: list[tuple[int, int, Event]] = []
+        self.sends: list[Send] = []
         self.tally = Tally([0] * len(clients))
         self._schemas: set[str] = set()
         self._new_buffers: dict[int, Tensor] = {}
@@ -191,18 +192,12 @@ class Simulation:
 
     def rounds(self, count: int) -> Iterator[Row]:
         """Rounds one after another until ``count`` of them are done in all."""
-        while len(self.history) < count:
-            row = self.advance()
-            if row is None:
-                return
+        while len(self.history) < count and (row := self.advance()) is not None:
             yield row
 
     def until(self, time: float) -> Iterator[Row]:
         """Rounds that end at or before a time of the session's clock."""
-        while self.tally.started is False or (self.queue and self.queue[0][0] <= round(time * TICKS)):
-            row = self.advance(round(time * TICKS))
-            if row is None:
-                return
+        while (row := self.advance(round(time * TICKS))) is not None:
             yield row
 
     def advance(self, limit: float = math.inf) -> Row | None:
@@ -211,8 +206,9 @@ class Simulation:
         if not self.tally.started:
             self.tally.started = True
             self._do(self.method.next(self.server, Start(), self.session))
-        done, row = self.server["round"], None
-        while row is None:
+        done = self.server["round"]
+        while True:
+            self._ask()
             if not self.queue or self.queue[0][0] > limit:
                 break
             self.tally.ticks, _, event = heapq.heappop(self.queue)
@@ -220,14 +216,13 @@ class Simulation:
             if isinstance(event, Reply):
                 self._arrived(event)
             actions = self.method.next(self.server, event, self.session)
-            if self.server["round"] != done:  # its row is made before the next round's messages are counted
+            self._do(actions)
+            if self.server["round"] != done:
                 self._average_buffers()
                 self.tally.seconds += time.monotonic() - began
-                row = self._row()
-                began = time.monotonic()
-            self._do(actions)
+                return self._row()
         self.tally.seconds += time.monotonic() - began
-        return row
+        return None
 
     def close(self) -> None:
         """End the worker processes and remove client states from disk."""
@@ -245,12 +240,11 @@ class Simulation:
     # One step of the clock
 
     def _do(self, actions: Sequence[Action]) -> None:
+        """Take note of what is to be done: clients are asked when the clock goes on."""
         for action in actions:
             if isinstance(action, After):
                 self._at(action.delay, Timer(action.key))
-        sends = [action for action in actions if isinstance(action, Send)]
-        if sends:
-            self._ask(sends)
+        self.sends += [action for action in actions if isinstance(action, Send)]
 
     def tell_time(self) -> None:
         """Set the session's time to the clock's."""
@@ -261,8 +255,11 @@ class Simulation:
         heapq.heappush(self.queue, (ticks, self.tally.order, event))
         self.tally.order += 1
 
-    def _ask(self, sends: Sequence[Send]) -> None:
-        jobs = self._jobs(sends)
+    def _ask(self) -> None:
+        """Have all clients that are to be asked do their tasks, and their replies on the way."""
+        if not self.sends:
+            return
+        jobs = self._jobs(self.sends)
         with one_thread():
             results = self._execute(jobs)
         failed = next((done for done in results if done.error is not None), None)
@@ -274,6 +271,7 @@ class Simulation:
                 self.states[done.client] = done.state
             self._at(self._response(done.client, self.tally.answers[done.client]), event)
             self.tally.answers[done.client] += 1
+        self.sends = []
 
     def _jobs(self, sends: Sequence[Send]) -> list[Job]:
         packed: dict[int, tuple[Schema, bytes]] = {}
