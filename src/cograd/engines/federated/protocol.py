@@ -195,12 +195,14 @@ class Synchronous(Method):
     """A method of rounds, each of one exchange or more: all that are asked answer, then the server goes on.
 
     A subclass says what is asked of whom (`ask`) and what becomes of the replies (`close`), which it gets in
-    the order of the clients' numbers whatever the order in which they came. Replies are kept by the instance
-    and not by the state: an engine saves only between exchanges.
+    the order of the clients' numbers whatever the order in which they came. When the session's timeout has
+    passed, an exchange goes on with the replies at hand, or with the first one if there is none. Replies are
+    kept by the instance and not by the state: an engine saves only between exchanges.
     """
 
     _replies: dict[int, Content]
     _asked: dict[int, str]
+    _late: bool = False
 
     @abstractmethod
     def ask(self, server: State, session: Session) -> Sequence[Send]:
@@ -220,7 +222,9 @@ class Synchronous(Method):
                 self._replies[event.client] = event.content
             else:
                 del self._asked[event.client]
-        if len(self._replies) < len(self._asked) and not self._late(event, server):
+        if isinstance(event, Timer) and event.key == server.get("exchange", 0):
+            self._late = True
+        if len(self._replies) < len(self._asked) and not (self._late and self._replies):
             return ()
         if not self._replies:
             raise NoReplies(f"round {server['round']}: none of the clients asked has answered")
@@ -236,14 +240,10 @@ class Synchronous(Method):
 
     def _open(self, server: State, session: Session) -> Sequence[Action]:
         sends = list(self.ask(server, session))
-        self._replies, self._asked = {}, {send.to: send.task for send in sends}
+        self._replies, self._asked, self._late = {}, {send.to: send.task for send in sends}, False
         if session.timeout is None:
             return sends
         return [*sends, After(session.timeout, server.get("exchange", 0))]
-
-    @staticmethod
-    def _late(event: Event, server: State) -> bool:
-        return isinstance(event, Timer) and event.key == server.get("exchange", 0)
 
 
 def mean_of(replies: Mapping[int, Content], name: str, weights: Mapping[int, float] | None = None) -> Tensor:
