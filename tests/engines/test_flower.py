@@ -89,7 +89,7 @@ class Deployment:
         raise AssertionError(f"no SuperLink at port {self.port}: {self.logs()}")
 
     def run(self, app: Path, then=lambda line: None, **config: object) -> tuple[list[dict[str, object]], str]:
-        """``flwr run``; the history that the server wrote, and what it logged; ``then`` sees each line at once."""
+        """``flwr run``: the server's history, and what it logged; ``then`` sees each line at once."""
         history = self.folder / f"{config['method']}-{time.monotonic_ns()}.jsonl"
         given = {**config, "history": str(history), "clients": CLIENTS}
         command = ["flwr", "run", str(app), "here", "--stream", "--run-config"]

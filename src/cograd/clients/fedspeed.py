@@ -123,7 +123,7 @@ class FedSpeed(Synchronous):
         g1 = g1.clone()
         here = v.clone()
         ascent = self.rho / (float(g1.norm()) + TINY) if self.normalize else self.rho
-        g2 = model.gradient(here.add(g1, alpha=ascent), xb, yb)
+        g2 = model.gradient(here.add(g1, alpha=ascent), xb, yb, track=False)
         model.at(here)
         return g2.mul_(self.alpha).add_(g1, alpha=1 - self.alpha) if self.alpha < 1 else g2
 

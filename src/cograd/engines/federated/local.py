@@ -60,17 +60,21 @@ class LocalModel:
             self.theta.copy_(vector)
         return self.theta
 
-    def gradient(self, vector: Tensor, x: Tensor, y: Tensor) -> Tensor:
+    def gradient(self, vector: Tensor, x: Tensor, y: Tensor, *, track: bool = True) -> Tensor:
         """The gradient of the mean loss at ``vector`` (numel,): a buffer that the next call overwrites.
 
-        Leaves ``theta`` at ``vector``, and the loss in ``last_loss``.
+        Leaves ``theta`` at ``vector``, and the loss in ``last_loss``. Without ``track`` the floating buffers
+        stay as they are, as for a second look at the same minibatch.
         """
+        kept = None if track else self.buffers
         self.at(vector)
         self.module.train()
         self._gradient.zero_()
         loss = self.loss(self.module(x), y)
         loss.backward()
         self.last_loss = loss.detach()
+        if kept is not None:
+            self.buffers = kept
         return self._gradient
 
     @torch.no_grad()

@@ -363,10 +363,11 @@ class Simulation:
         return found
 
     def _evaluation_buffers(self, state: Mapping[str, Any] | None = None) -> None:
-        if self.buffers is not None:
-            self.local.buffers = self.buffers
-        elif state is not None and BUFFERS in state:
-            self.local.buffers = state[BUFFERS]
+        """Set the averaged buffers, or a client's own; the initial ones where nobody has any yet."""
+        fresh = self.runner.fresh_buffers
+        if fresh is not None:
+            own = fresh if state is None else state.get(BUFFERS, fresh)
+            self.local.buffers = own if self.buffers is None else self.buffers
 
     def _row(self) -> Row:
         number = self.server["round"]

@@ -84,6 +84,9 @@ class Runner:
     buffers: str = "refuse"
     before: bool = False
 
+    def __post_init__(self) -> None:
+        self.fresh_buffers = self.model.buffers
+
     def run(self, job: Job) -> Done:
         try:
             return self._run(job)
@@ -106,8 +109,8 @@ class Runner:
         return Done(job.client, job.task, job.round, schema, payload, state, ctx.work, ctx.reports)
 
     def _set_buffers(self, state: State, content: dict[str, Tensor]) -> None:
-        if self.buffers == "local" and BUFFERS in state:
-            self.model.buffers = state[BUFFERS]
+        if self.buffers == "local" and self.fresh_buffers is not None:
+            self.model.buffers = state.get(BUFFERS, self.fresh_buffers)
         elif self.buffers == "mean":
             self.model.buffers = content.pop(BUFFERS)
 
