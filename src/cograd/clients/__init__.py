@@ -1,0 +1,5 @@
+"""Updates shared between federated clients and a server."""
+
+from cograd.clients.fedspeed import FedSpeed
+
+__all__ = ["FedSpeed"]

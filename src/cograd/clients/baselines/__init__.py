@@ -1,0 +1,7 @@
+"""What federated methods are compared with: published methods that are not among the library's own, by the same
+protocol."""
+
+from cograd.clients.baselines.fedavg import FedAvg
+from cograd.clients.baselines.scaffold import Scaffold
+
+__all__ = ["FedAvg", "Scaffold"]

@@ -1,0 +1,60 @@
+"""Federated clients and their server: the protocol, and the engine that simulates it in one process."""
+
+from cograd.engines.federated.local import LocalModel
+from cograd.engines.federated.protocol import (
+    Action,
+    After,
+    ClientContext,
+    Content,
+    Event,
+    Lost,
+    Method,
+    NoReplies,
+    Reply,
+    Send,
+    Session,
+    Start,
+    State,
+    Synchronous,
+    Task,
+    Timer,
+    mean_of,
+    sizes_of,
+)
+from cograd.engines.federated.row import Row
+from cograd.engines.federated.samplers import Available, Bernoulli, Cyclic, Everyone, Sampler, Uniform
+from cograd.engines.federated.simulation import Simulation
+from cograd.engines.federated.training import LocalSGD
+from cograd.engines.federated.workers import ClientError
+
+__all__ = [
+    "Action",
+    "After",
+    "Available",
+    "Bernoulli",
+    "ClientContext",
+    "ClientError",
+    "Content",
+    "Cyclic",
+    "Event",
+    "Everyone",
+    "LocalModel",
+    "LocalSGD",
+    "Lost",
+    "Method",
+    "NoReplies",
+    "Reply",
+    "Row",
+    "Sampler",
+    "Send",
+    "Session",
+    "Simulation",
+    "Start",
+    "State",
+    "Synchronous",
+    "Task",
+    "Timer",
+    "Uniform",
+    "mean_of",
+    "sizes_of",
+]
