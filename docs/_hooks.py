@@ -302,8 +302,9 @@ def slow_link(workload: str, unit: str, digits: int) -> str:
             latency = f"{row['latency_seconds'] / 60:.2f}"
             to_target = (f"{took / 60:.2f}", f"{took / dense[row['mbit']]:.3f}", latency)
         quality = f"{fmean(row['quality']):.{digits}f} (n = {len(row['quality'])})"
-        rows.append((row["system"], f"{row['mbit']:g}", quality, f"{row['step_seconds']:.3f}", *to_target))
-    heads = ("system", "Mbit/s", f"in the end, {unit}", "s a step", "min to target", "of dense's")
+        costs = (f"{row['step_seconds']:.3f}", f"{row['run_seconds'] / 60:.1f}")
+        rows.append((row["system"], f"{row['mbit']:g}", quality, *costs, *to_target))
+    heads = ("system", "Mbit/s", f"in the end, {unit}", "s a step", "min a run", "min to target", "of dense's")
     latency = f"+ {found['latency_ms']:g} ms latency (modelled), min"
     whole = [
         f"{system} {run['measured'] / 60:.2f} min in one go, {run['summed'] / 60:.2f} by the sum"
@@ -311,35 +312,12 @@ def slow_link(workload: str, unit: str, digits: int) -> str:
     ]
     checked = f"\n\nWhole runs on the shaped link, as a check: {'; '.join(whole)}." if whole else ""
     target = f"Target: {found['target']:.{digits}f} {unit}, {found['steps']} steps in all."
-    return f"{target}\n\n{_table((*heads, latency), rows, range(1, 7))}{checked}"
-
-
-def arena_machines() -> str:
-    """The table of `cograd compare machines`."""
-    found = json.loads((MEASURED / "arena-machines.json").read_text())
-    setting = found["setting"]
-    rows = [
-        (
-            row["system"],
-            f"{row['accuracy']:.2f}" + (f" \u00b1 {row['sd']:.2f}" if row["sd"] is not None else ""),
-            f"{row['bytes'] / 1000:,.1f}",
-            f"{row['link_seconds']:.2f}",
-            f"{row['memory'] / 1000:,.0f}",
-            row["work"],
-            row["note"],
-        )
-        for row in found["rows"]
-    ]
-    heads = ("system", "accuracy, %", "kB sent", f"s at {setting['link']}", "kept, kB", "work of a worker", "")
-    left_out = "; ".join(f"{name} is not in it: it {why}" for name, why in found["not_applicable"].items())
-    about = f"{setting['epochs']} epochs, {setting['seeds']} seeds. {left_out}."
-    return f"{_table(heads, rows, range(1, 6))}\n\n{about}"
+    return f"{target}\n\n{_table((*heads, latency), rows, range(1, 8))}{checked}"
 
 
 GENERATED: dict[str, Callable[[], str]] = {
     "slow-link-mlp": lambda: slow_link("mlp", "% accuracy", 2),
     "slow-link-lm": lambda: slow_link("lm", "nats a character", 3),
-    "arena-machines": arena_machines,
     "methods": methods_table,
     "house": house,
     "data-sets": data_table,
