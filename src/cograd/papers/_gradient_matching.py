@@ -26,8 +26,8 @@ def squared(observed: Tensor, seen: Tensor) -> Tensor:
 
 def cosine(observed: Tensor, seen: Tensor) -> Tensor:
     """One minus the cosine, as half the squared distance of directions, which loses no digits near a match."""
-    between: Tensor = (observed / observed.norm() - seen / seen.norm()).square().sum() / 2
-    return between
+    between: Tensor = observed / observed.norm() - seen / seen.norm()
+    return between.square().sum() / 2
 
 
 @dataclass(frozen=True)
