@@ -4,8 +4,9 @@
 
 A worker computes the gradients of its four chunks of 256 images and encodes them; the master decodes what
 arrived, with weights that are cached by survivor set. A round lasts as long as a worker's gradients, the
-encoding and the decoding. Figures are medians over the rounds, ratios are taken within a round. The bars: encoding
-takes at most 5 % of that worker's gradient time, decoding at most 10 % of a round.
+encoding and the decoding. Figures are medians over the rounds, ratios are taken within a round.
+
+The bars: encoding takes at most 5 % of that worker's gradient time, decoding at most 10 % of a round.
 """
 
 from __future__ import annotations
