@@ -200,7 +200,7 @@ def probed(ctx: Context) -> dict[str, Any]:
 
 
 def slow_loss(model: nn.Module, rows: Tensor) -> Tensor:
-    time.sleep(0.05)
+    time.sleep(0.2)
     return loss(model, rows)
 
 

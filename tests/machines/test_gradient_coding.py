@@ -895,6 +895,14 @@ def test_a_worker_without_a_jobs_weights_says_so() -> None:
         assert (mail.round, bytes(mail.payload)) == (9, b"")
 
 
+def test_a_worker_with_another_number_of_models_is_refused() -> None:
+    with Threads([Bench(learners(2), MSGC(1, 1, 2, 0))]) as found:
+        found.start()
+        run = GradientCoding(learners(3), MSGC(1, 1, 3, 0), MailboxCluster(found.master, 1))
+        with pytest.raises(ValueError, match="worker 0 holds other jobs' weights: its learners are not the"):
+            run.train(2)
+
+
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_models_on_a_gpu_train_with_workers_behind_mailboxes() -> None:
     def on_gpu() -> list[Learner]:

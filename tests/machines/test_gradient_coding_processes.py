@@ -78,8 +78,8 @@ def test_a_probe_of_real_workers_is_what_select_takes(pool: Pool) -> None:
     found = pool("probed")
     assert found["shapes"] == [[12, 4], [3, 4]]
     assert found["loads"] == [0.25, 0.5]
-    assert [mean > 0.05 for mean in found["means"]] == [False, False, True, False]
-    assert found["chosen"] == "GC(n=4, s=1, code='cyclic')"
+    assert max(found["means"]) == found["means"][2] > 0.2
+    assert found["chosen"].startswith("GC(n=4, s=")
 
 
 def test_on_real_time_the_weights_are_those_of_uncoded_training(pool: Pool) -> None:

@@ -248,15 +248,16 @@ def _clock_claims(runs: Runs) -> list[Claim]:
         [runs.ratio(METHOD, other, 5.0, setting) for other in (PLAIN, UNCODED)]
         for setting in ("standard", "480 jobs")
     )
-    quarter, nothing = "M-SGC's load is at most a quarter of GC's (GC's over it)", "M-SGC gains nothing on GC"
+    quarter = "M-SGC's load is at most a quarter of cyclic GC's (GC's over it)"
+    nothing, cyclic = "M-SGC gains nothing on cyclic GC", "M-SGC's time over cyclic GC's"
     rows: tuple[tuple[str, str, Sequence[float], Op, float, float | None], ...] = (
         ("less-work.1.12", f"alpha = 1.12 s: {quarter}", less_work(1.12), ">=", 4.0, 8.3),
         ("less-work.2.2", f"alpha = 2.2 s: {quarter}", less_work(2.2), ">=", 4.0, 8.3),
-        ("faster.gc", "alpha = 5 s: M-SGC's time over GC's", at_5[0], "<=", 0.94, 0.837),
+        ("faster.gc", f"alpha = 5 s: {cyclic} (repetition beats it, see found)", at_5[0], "<=", 0.94, 0.837),
         ("faster.uncoded", "alpha = 5 s: M-SGC's time over that without coding", at_5[1], "<=", 0.80, 0.694),
         ("no-gain.0.56", f"alpha = 0.56 s: {nothing}", runs.ratio(METHOD, PLAIN, 0.56), ">=", 1.0, None),
         ("no-gain.1.12", f"alpha = 1.12 s: {nothing}", runs.ratio(METHOD, PLAIN, 1.12), ">=", 1.0, None),
-        ("long.faster.gc", "alpha = 5 s, 480 jobs: M-SGC's time over GC's", long_5[0], "<=", 0.94, 0.837),
+        ("long.faster.gc", f"alpha = 5 s, 480 jobs: {cyclic}", long_5[0], "<=", 0.94, 0.837),
         (
             "long.faster.uncoded",
             "alpha = 5 s, 480 jobs: over that without coding",

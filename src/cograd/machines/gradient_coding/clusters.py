@@ -171,8 +171,10 @@ class _Round:
     def __init__(self, cluster: MailboxCluster, scheme: Scheme, orders: Orders, bench: Bench) -> None:
         self.cluster, self.scheme, self.orders, self.bench = cluster, scheme, orders, bench
         self.number = next(cluster.numbers)
-        self.held = cluster.script(orders.number) if cluster.script else np.zeros(cluster.n, dtype=bool)
-        self.missing = scheme.busy()
+        self.held = np.zeros(cluster.n, dtype=bool)
+        if cluster.script:
+            self.held |= cluster.script(orders.number)
+        self.missing, self._resent = scheme.busy(), set[int]()
         self.results: dict[int, list[Tensor]] = {}
         self.times = np.full(cluster.n, np.nan)
         self._began = time.monotonic()
@@ -247,6 +249,11 @@ class _Round:
             return  # too late
         tasks = self.orders.tasks[worker]
         if not mail.payload:  # it has started again, or was out of reach when a job began
+            if worker in self._resent:
+                raise ValueError(
+                    f"worker {worker} holds other jobs' weights: its learners are not the master's"
+                )
+            self._resent.add(worker)
             self._order(worker, [self._weights(self.orders.base + task.job) for task in tasks])
             return
         self.results[worker] = self.bench.split(mail.payload, len(tasks))
