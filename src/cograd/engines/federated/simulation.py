@@ -211,18 +211,23 @@ class Simulation:
         if not self.tally.started:
             self.tally.started = True
             self._do(self.method.next(self.server, Start(), self.session))
-        done = self.server["round"]
-        while self.server["round"] == done:
+        done, row = self.server["round"], None
+        while row is None:
             if not self.queue or self.queue[0][0] > limit:
-                self.tally.seconds += time.monotonic() - began
-                return None
+                break
             self.tally.ticks, _, event = heapq.heappop(self.queue)
             self.tell_time()
             if isinstance(event, Reply):
                 self._arrived(event)
-            self._do(self.method.next(self.server, event, self.session), before=done)
+            actions = self.method.next(self.server, event, self.session)
+            if self.server["round"] != done:  # its row is made before the next round's messages are counted
+                self._average_buffers()
+                self.tally.seconds += time.monotonic() - began
+                row = self._row()
+                began = time.monotonic()
+            self._do(actions)
         self.tally.seconds += time.monotonic() - began
-        return self._row()
+        return row
 
     def close(self) -> None:
         """End the worker processes and remove client states from disk."""
@@ -239,9 +244,7 @@ class Simulation:
 
     # One step of the clock
 
-    def _do(self, actions: Sequence[Action], before: int | None = None) -> None:
-        if before is not None and self.server["round"] != before:
-            self._average_buffers()
+    def _do(self, actions: Sequence[Action]) -> None:
         for action in actions:
             if isinstance(action, After):
                 self._at(action.delay, Timer(action.key))
