@@ -126,7 +126,8 @@ class Session:
 
     ``select(round)`` are the clients that the session's sampler draws for a round, ascending. ``now`` is the
     engine's time. ``timeout`` is how long an exchange waits for replies; None waits for all of them.
-    Figures in ``reports`` go to the history with the round in which they were put there.
+    Figures in ``reports`` go to the history with the round in which they were put there; so do
+    ``participants``, which a method sets where they are not just those who have answered since the last round.
     """
 
     space: ParamSpace
@@ -137,6 +138,7 @@ class Session:
     timeout: float | None = None
     now: float = 0.0
     reports: dict[str, float] = field(default_factory=dict)
+    participants: Sequence[int] | None = None
 
     @property
     def clients(self) -> int:

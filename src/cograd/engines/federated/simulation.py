@@ -381,10 +381,11 @@ class Simulation:
                 measured["personal"] = fmean(found)
                 measured["worst"] = fmean(found[: max(1, len(found) // 10)])
         reports = {name: fmean(values) for name, values in self._reports.items()}
+        named = self.session.participants
         row = Row(
             round=number,
             time=self.session.now,
-            participants=tuple(sorted(self._participants)),
+            participants=tuple(sorted(self._participants if named is None else named)),
             up=self.tally.up,
             down=self.tally.down,
             work=dict(self.tally.work),
@@ -403,6 +404,7 @@ class Simulation:
         self._reports: dict[str, list[float]] = {}
         self._lost: dict[int, str] = {}
         self.session.reports.clear()
+        self.session.participants = None
 
 
 def _sizes(clients: Sequence[Any]) -> list[int]:
