@@ -129,7 +129,7 @@ class Runner:
 
 def _seed(seed: int) -> None:
     """`torch.manual_seed`, which where CUDA sleeps formats and keeps a traceback at every call."""
-    torch.random.default_generator.manual_seed(seed)
+    torch.default_generator.manual_seed(seed)
     if torch.cuda.is_initialized():
         torch.cuda.manual_seed_all(seed)
 
