@@ -1,5 +1,6 @@
 """Updates shared between federated clients and a server."""
 
+from cograd.clients.fedfix import FedFix
 from cograd.clients.fedspeed import FedSpeed
 
-__all__ = ["FedSpeed"]
+__all__ = ["FedFix", "FedSpeed"]

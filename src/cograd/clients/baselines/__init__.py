@@ -1,7 +1,10 @@
 """What federated methods are compared with: published methods that are not among the library's own, by the same
 protocol."""
 
+from cograd.clients.baselines.fedadam import FedAdam
+from cograd.clients.baselines.fedasync import FedAsync
 from cograd.clients.baselines.fedavg import FedAvg
+from cograd.clients.baselines.fedbuff import FedBuff
 from cograd.clients.baselines.scaffold import Scaffold
 
-__all__ = ["FedAvg", "Scaffold"]
+__all__ = ["FedAdam", "FedAsync", "FedAvg", "FedBuff", "Scaffold"]

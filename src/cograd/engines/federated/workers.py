@@ -99,7 +99,7 @@ class Runner:
         ctx = ClientContext(job.client, job.round, self.seed, self.sizes, self.model, self.initial)
         state = dict(job.state)
         self._set_buffers(state, content)
-        torch.manual_seed(seed_for(self.seed, "client", job.client, job.round, job.task))
+        _seed(seed_for(self.seed, "client", job.client, job.round, job.task))
         state, reply = self.tasks[job.task](state, content, self.clients[job.client], ctx)
         if ctx.trained is not None:
             self._keep_buffers(state, reply)
@@ -128,6 +128,13 @@ class Runner:
         if self.before and ctx.trained is not None and tested is not None and len(tested):
             data = self.clients[job.client]
             ctx.report("before", self.model.correct(ctx.trained, data.test_x, data.test_y) / len(tested))
+
+
+def _seed(seed: int) -> None:
+    """`torch.manual_seed`, which where CUDA sleeps formats and keeps a traceback at every call."""
+    torch.default_generator.manual_seed(seed)
+    if torch.cuda.is_initialized():
+        torch.cuda.manual_seed_all(seed)
 
 
 @contextmanager
