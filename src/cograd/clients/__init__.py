@@ -1,6 +1,7 @@
 """Updates shared between federated clients and a server."""
 
+from cograd.clients.fedcac import FedCAC, critical_mask, mask_overlap
 from cograd.clients.fedfix import FedFix
 from cograd.clients.fedspeed import FedSpeed
 
-__all__ = ["FedFix", "FedSpeed"]
+__all__ = ["FedCAC", "FedFix", "FedSpeed", "critical_mask", "mask_overlap"]

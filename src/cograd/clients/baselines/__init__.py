@@ -5,6 +5,20 @@ from cograd.clients.baselines.fedadam import FedAdam
 from cograd.clients.baselines.fedasync import FedAsync
 from cograd.clients.baselines.fedavg import FedAvg
 from cograd.clients.baselines.fedbuff import FedBuff
+from cograd.clients.baselines.fedper import FedPer
+from cograd.clients.baselines.fedrep import FedRep
+from cograd.clients.baselines.fine_tuned import FineTuned
+from cograd.clients.baselines.local_only import LocalOnly
 from cograd.clients.baselines.scaffold import Scaffold
 
-__all__ = ["FedAdam", "FedAsync", "FedAvg", "FedBuff", "Scaffold"]
+__all__ = [
+    "FedAdam",
+    "FedAsync",
+    "FedAvg",
+    "FedBuff",
+    "FedPer",
+    "FedRep",
+    "FineTuned",
+    "LocalOnly",
+    "Scaffold",
+]
