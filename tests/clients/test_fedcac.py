@@ -358,7 +358,8 @@ def test_a_resumed_run_is_bit_for_bit_the_same(tmp_path: Path, stop: int) -> Non
 
 def test_the_number_of_workers_changes_nothing() -> None:
     with simulated(FedCAC(LOCAL), rounds=2, workers=2) as two:
-        assert all(torch.equal(a, b) for a, b in zip(own(two), own(simulated(FedCAC(LOCAL), rounds=2))))
+        none = simulated(FedCAC(LOCAL), rounds=2)
+        assert all(torch.equal(a, b) for a, b in zip(own(two), own(none), strict=True))
 
 
 def test_models_may_travel_in_half_precision() -> None:

@@ -147,7 +147,7 @@ class FedCAC(Synchronous):
 
     def personal(self, server: State, client: State, number: int) -> Tensor:
         """The client's own model; g if it has not taken part yet."""
-        w: Tensor = client.get("w", server["x"])
+        w: Tensor = client["w"] if "w" in client else server["x"]
         return w
 
     @staticmethod

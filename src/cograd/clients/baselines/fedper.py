@@ -1,4 +1,4 @@
-"""FedPer (Arivazhagan et al. 2019, arXiv 1912.00818, algorithms 1 and 2): the last layers stay with the clients.
+"""FedPer (Arivazhagan et al. 2019, arXiv 1912.00818, algorithms 1 and 2): last layers stay with the clients.
 
     client: (x, h_i), some epochs of SGD on both parts, keep h_i, send the change of the base x
     server: x <- x + sum_i p_i (change_i),  p_i = n_i / sum n_i

@@ -34,5 +34,5 @@ class FineTuned(FedAvg):
 
     def personal(self, server: State, client: State, number: int) -> Tensor:
         """The client's fine-tuned model; the global one if it has not taken part yet."""
-        w: Tensor = client.get("w", server["x"])
+        w: Tensor = client["w"] if "w" in client else server["x"]
         return w

@@ -44,5 +44,5 @@ class LocalOnly(Synchronous):
         return x
 
     def personal(self, server: State, client: State, number: int) -> Tensor:
-        w: Tensor = client.get("w", server["x"])
+        w: Tensor = client["w"] if "w" in client else server["x"]
         return w
