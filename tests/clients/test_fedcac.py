@@ -100,6 +100,12 @@ def test_ties_with_the_last_critical_score_are_critical() -> None:
     assert masks["0"].tolist() == [True, True, True, True]
 
 
+def test_masks_of_modules_own_parameters() -> None:
+    one, other = nn.Linear(4, 3), nn.Linear(4, 3)
+    masks = critical_mask(dict(one.named_parameters()), dict(other.named_parameters()), tau=0.5)
+    assert {name: int(mask.sum()) for name, mask in masks.items()} == {"weight": 6, "bias": 1}
+
+
 def test_no_entry_of_a_scalar_is_critical_below_one_and_all_are_at_one() -> None:
     before, after = moved([1.0], [1.0, 2.0])
     assert not critical_mask(before, after, 0.99)["0"].any()
@@ -111,6 +117,7 @@ def test_of_a_mostly_dead_tensor_everything_that_moved_is_critical() -> None:
     masks = critical_mask(*moved([0.0, 0.0, 0.5, 0.0], [0.0, 0.0]), tau=0.5)
     assert masks["0"].tolist() == [False, False, True, False]
     assert masks["1"].tolist() == [False, False]  # nothing moved: nothing is critical
+    assert all(mask.all() for mask in critical_mask(*moved([0.0, 0.5], [0.0]), tau=1.0).values())
 
 
 @given(st.integers(0, 2**32), st.floats(0, 1))

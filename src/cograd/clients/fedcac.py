@@ -20,10 +20,10 @@ The threshold rises with t: wide collaboration at first, at t = beta the most si
 after that. Overlaps are compared as fractions of whole numbers, so ties are ties: at tau = 1 all clients stay
 partners for ever, which is FedAvg with equal weights. tau = 0 marks nothing: FedAvg.
 
-Where this differs from the released code: a tensor that did not move at all has no critical entries there (the
-release marks all of them), and the case of partial participation, which the paper leaves open: overlaps, g and
-u_i are those of the round's participants, and a client that sleeps keeps its model. One that joins after round
-1 starts from g.
+Where this differs from the released code: a tensor that did not move at all has no critical entries (the
+release marks all of them), and at tau = 1 entries that did not move are critical, too (the release leaves them
+out). The paper leaves partial participation open. Here overlaps, g and u_i are those of the round's
+participants, and a client that sleeps keeps its model; one that joins after round 1 starts from g.
 """
 
 from __future__ import annotations
@@ -161,11 +161,13 @@ class FedCAC(Synchronous):
         }
 
 
+@torch.no_grad()
 def critical_mask(before: Mapping[str, Tensor], after: Mapping[str, Tensor], tau: float) -> dict[str, Tensor]:
     """Which entries are critical: boolean tensors by name, of the models' shapes.
 
     In each tensor floor(tau numel) entries have the largest scores |(after - before) after|; ties with the last
     of them are critical as well. Where that last score is next to nothing (`DEAD`), all non-zero scores are.
+    With tau = 1 all entries are critical.
 
     Raises ValueError for a tau outside [0, 1], other names or shapes, no tensors, and scores that are not
     finite.
@@ -188,8 +190,8 @@ def critical_mask(before: Mapping[str, Tensor], after: Mapping[str, Tensor], tau
 
 
 def _largest(scores: Tensor, k: int) -> Tensor:
-    if k == 0:
-        return torch.zeros_like(scores, dtype=torch.bool)
+    if k in (0, scores.numel()):
+        return torch.full_like(scores, k > 0, dtype=torch.bool)
     limit = kth_largest(scores.reshape(-1), k)
     return scores >= limit if limit > DEAD else scores > ZERO
 
