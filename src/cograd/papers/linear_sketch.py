@@ -311,10 +311,10 @@ def _theory(runs: Runs) -> Findings:
 
 BEST_STEP = (
     "the card's gradient descent was tuned up to 1.9/L only. L is half the second moment of the inputs, which "
-    "bounds the curvature at any weights; with 10 classes it is a tenth of that moment at zero weights, a fifth "
-    "of L. On the grid of the sketches gradient descent is best at 10/L, "
-    "five times faster than at 1.9/L. The sketches gain less from large steps, since their variance grows with "
-    "the step. Against gradient descent that is not tuned the claim holds (floats.sketch-tuned-gd-not)"
+    "bounds the curvature at any weights; with 10 classes it is a tenth of that moment at zero weights, or a "
+    "fifth of L. On the grid of the sketches gradient descent is best at 10/L, five times faster than at "
+    "1.9/L. The sketches gain less from large steps, since their variance grows with the step. Against "
+    "gradient descent that is not tuned the claim holds (floats.sketch-tuned-gd-not)"
 )
 
 
