@@ -406,14 +406,12 @@ import torch
 from cograd import data
 from cograd.clients import FedCAC
 from cograd.engines.federated import LocalSGD, Simulation
-
 train, test = data.load("mnist-5k"), data.load("mnist-5k", "test")
 parts = data.dirichlet(train.y, parties=20, alpha=0.1, seed=0)
 clients = data.Clients(train, parts, test, data.matching(test.y, train.y, parts, seed=0))
 model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(784, 10))
-loss = torch.nn.functional.cross_entropy
 method = FedCAC(LocalSGD(lr=0.1, epochs=2, batch_size=20), tau=0.5, beta=6)
-print(Simulation(method, model, loss, clients, personal=True).run(rounds=3)[-1])
+print(Simulation(method, model, torch.nn.functional.cross_entropy, clients, personal=True).run(3)[-1])
 """
 
 PAPER = Paper(
