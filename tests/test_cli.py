@@ -72,7 +72,7 @@ def test_json_goes_to_stdout_alone(monkeypatch: pytest.MonkeyPatch, tmp_path: Pa
 def test_usage_errors_end_with_2(monkeypatch: pytest.MonkeyPatch) -> None:
     unknown = cograd("run", "dcg")
     assert unknown.exit_code == 2
-    assert "no method 'dcg'; did you mean dgc?" in unknown.stderr
+    assert "no method 'dcg'; did you mean dgc" in unknown.stderr
     assert cograd("run", "dgc", "--scale", "half").exit_code == 2
     assert cograd("run", "dgc", "--seeds", "-1").exit_code == 2
     assert cograd("launch", "-n", "0", "x.py").exit_code == 2
