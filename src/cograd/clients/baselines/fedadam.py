@@ -54,10 +54,10 @@ class FedAdam(FedAvg):
                 raise ValueError(f"{name} must be {allowed}; got {value!r}")
 
     def step(self, server: State, change: Tensor) -> None:
-        m = server.get("m", torch.zeros_like(change)).mul(self.momentum).add_(change, alpha=1 - self.momentum)
         v = self._second(server.get("v", torch.full_like(change, self.tau**2)), change.square())
+        m = change.mul_(1 - self.momentum).add_(server.get("m", torch.zeros_like(v)), alpha=self.momentum)
         server["m"], server["v"] = m, v
-        server["x"] = server["x"].addcdiv(m, v.sqrt().add_(self.tau), value=self.lr)
+        server["x"] = server["x"].add(m / v.sqrt().add_(self.tau), alpha=self.lr)
         server["round"] += 1
 
     def _second(self, v: Tensor, square: Tensor) -> Tensor:
