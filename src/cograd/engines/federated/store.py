@@ -78,8 +78,13 @@ class StateStore:
 
 
 def write(state: State, path: Path) -> None:
-    """A state as one safetensors file; scalars are in its metadata."""
-    tensors = {name: value.contiguous() for name, value in state.items() if isinstance(value, Tensor)}
+    """A state as one safetensors file; scalars are in its metadata. Tensors that share storage become several."""
+    tensors, seen = {}, set[int]()
+    for name, value in state.items():
+        if isinstance(value, Tensor):
+            storage = value.untyped_storage().data_ptr()
+            tensors[name] = value.clone() if storage in seen else value.contiguous()
+            seen.add(storage)
     scalars = {name: value for name, value in state.items() if not isinstance(value, Tensor)}
     save_file(tensors, path, metadata={"scalars": json.dumps(scalars)})
 
