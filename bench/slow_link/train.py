@@ -39,6 +39,8 @@ from cograd.models.gpt import GPT, next_token_loss
 from cograd.models.mlp import MLP
 
 MOMENTUM, DENSITY, SYNC, SAMPLES = 0.9, 0.001, 20, 4
+POWER_START = 2
+"""Steps before PowerSGD compresses."""
 EPOCH = 31  # steps between evaluations: an epoch of mnist-5k
 
 
@@ -160,7 +162,7 @@ def _power(rank: int) -> Start:
     rank to rank under gloo, which then aborts."""
 
     def register(ddp: DistributedDataParallel) -> None:
-        state = PowerSGDState(None, rank, start_powerSGD_iter=2, min_compression_rate=1)
+        state = PowerSGDState(None, rank, start_powerSGD_iter=POWER_START, min_compression_rate=1)
         ddp.register_comm_hook(state, powerSGD_hook)
 
     return _ddp(register, bucket_mb=64)

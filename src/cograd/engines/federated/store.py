@@ -78,7 +78,8 @@ class StateStore:
 
 
 def write(state: State, path: Path) -> None:
-    """A state as one safetensors file; scalars are in its metadata. Tensors that share storage become several."""
+    """A state as one safetensors file; scalars are in its metadata. Tensors that share storage become
+    several."""
     tensors, seen = {}, set[int]()
     for name, value in state.items():
         if isinstance(value, Tensor):
