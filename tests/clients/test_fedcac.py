@@ -351,6 +351,16 @@ def test_a_single_participant_is_alone() -> None:
     assert sim.history[0].reports["collaborators"] == 0
 
 
+def test_a_client_that_answered_too_late_goes_on_from_its_own_model() -> None:
+    def time(client: int, answers: int) -> float:
+        return 9.0 if client == 0 and answers == 0 else 0.1
+
+    method = Watched(LOCAL)
+    simulated(method, rounds=2, response_time=time, timeout=1.0)
+    assert [list(replies) for replies, _, _, _ in method.seen] == [[1, 2, 3], [0, 1, 2, 3]]
+    assert torch.equal(method.seen[1][0][0]["w"], own(simulated(LocalOnly(LOCAL), rounds=2))[0])
+
+
 @pytest.mark.parametrize("stop", [1, 2])
 def test_a_resumed_run_is_bit_for_bit_the_same(tmp_path: Path, stop: int) -> None:
     whole = simulated(FedCAC(LOCAL, beta=5), rounds=4)
