@@ -94,7 +94,7 @@ class FedFix(Method):
     def applied(self, server: State) -> list[float]:
         """The importances of the loss that a run has minimised so far: the mean weights applied, of sum 1."""
         total: Tensor = server["applied"]
-        return (total / total.sum()).tolist()
+        return (total / total.sum().clamp(min=torch.finfo(total.dtype).tiny)).tolist()
 
     def _known_gaps(self) -> list[float]:
         if self._gaps is None:
