@@ -1,5 +1,5 @@
 """Updates shared between federated clients and a server."""
 
-from cograd.clients.fedspeed import FedSpeed
+from cograd.clients.fedspeed import FedSpeed, ProxCorrectedSAM
 
-__all__ = ["FedSpeed"]
+__all__ = ["FedSpeed", "ProxCorrectedSAM"]
