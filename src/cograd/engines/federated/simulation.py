@@ -45,7 +45,17 @@ from cograd.engines.federated.row import Row
 from cograd.engines.federated.samplers import Everyone, Sampler, drawn
 from cograd.engines.federated.store import StateStore
 from cograd.engines.federated.wire import Wire
-from cograd.engines.federated.workers import BUFFERS, ClientError, Done, Forked, Here, Job, Runner, one_thread
+from cograd.engines.federated.workers import (
+    BUFFERS,
+    ClientError,
+    Done,
+    Forked,
+    Here,
+    Job,
+    NotFinite,
+    Runner,
+    one_thread,
+)
 
 TICKS = 10**9
 """Ticks of the clock in a unit of time. Times are whole ticks, so that equal times are equal."""
@@ -83,7 +93,7 @@ class Simulation:
         up, down: codecs of the vectors that clients send and receive.
         buffers: what becomes of floating buffers such as BatchNorm's statistics: ``refuse`` a model that has
             any, keep them ``local``, or send them along and take their size-weighted ``mean``.
-        nonfinite: ``refuse`` raises `ClientError` for a reply that holds NaN or infinity; ``exclude`` leaves it
+        nonfinite: ``refuse`` raises `NotFinite` for a reply that holds NaN or infinity; ``exclude`` leaves it
             and the state that came with it out, and names the client in the row.
         response_time: how long client i takes to answer, in any unit: a sequence, or a function of the client
             and of how often it has answered before. None: no time passes.
@@ -321,7 +331,7 @@ class Simulation:
             return Reply(done.client, done.task, done.round, content)
         what = f"the reply of client {done.client} to {done.task!r} in round {done.round} holds NaN or infinity"
         if self._nonfinite == "refuse":
-            raise ClientError(f"{what}; nonfinite='exclude' would leave it out")
+            raise NotFinite(f"{what}; nonfinite='exclude' would leave it out")
         return Lost(done.client, done.task, done.round, what)
 
     def _account(self, job: Job, done: Done) -> None:

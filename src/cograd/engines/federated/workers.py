@@ -40,6 +40,10 @@ class ClientError(RuntimeError):
     """A client's task failed; the message names client, task and round, and holds the traceback."""
 
 
+class NotFinite(ClientError):
+    """A client's reply holds NaN or infinity."""
+
+
 @dataclass(frozen=True)
 class Job:
     """One task to run. ``key`` identifies the content, which several jobs may share."""
