@@ -2,6 +2,6 @@
 
 from cograd.clients.fedcac import FedCAC, critical_mask, mask_overlap
 from cograd.clients.fedfix import FedFix
-from cograd.clients.fedspeed import FedSpeed
+from cograd.clients.fedspeed import FedSpeed, ProxCorrectedSAM
 
-__all__ = ["FedCAC", "FedFix", "FedSpeed", "critical_mask", "mask_overlap"]
+__all__ = ["FedCAC", "FedFix", "FedSpeed", "ProxCorrectedSAM", "critical_mask", "mask_overlap"]

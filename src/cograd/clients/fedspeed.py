@@ -22,12 +22,14 @@ Special cases: mu = 0 is FedAvg (alpha = 0) or FedSAM (alpha = 1); a dual that i
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.optim.optimizer import Optimizer, ParamsT
 
 from cograd.engines.federated.protocol import (
     ClientContext,
@@ -74,14 +76,9 @@ class FedSpeed(Synchronous):
     def __post_init__(self) -> None:
         if self.local.momentum:
             raise ValueError(f"local must have no momentum with FedSpeed; got {self.local.momentum}")
-        for name, value, allowed, fine in (
-            ("prox", self.prox, ">= 0", self.prox >= 0),
-            ("rho", self.rho, ">= 0", self.rho >= 0),
-            ("alpha", self.alpha, "in [0, 1]", 0 <= self.alpha <= 1),
-            ("rule", self.rule, f"one of {', '.join(RULES)}", self.rule in RULES),
-        ):
-            if not fine:
-                raise ValueError(f"{name} must be {allowed}; got {value!r}")
+        _check(self.prox, self.rho, self.alpha)
+        if self.rule not in RULES:
+            raise ValueError(f"rule must be one of {', '.join(RULES)}; got {self.rule!r}")
         self._plain = replace(self.local, max_norm=None)
 
     @property
@@ -120,15 +117,19 @@ class FedSpeed(Synchronous):
             ctx.count("grad", 1)
             return g1
         ctx.count("grad", 2)
-        g1 = g1.clone()
-        here = v.clone()
-        ascent = self.rho / (float(g1.norm()) + TINY) if self.normalize else self.rho
-        g2 = model.gradient(here.add(g1, alpha=ascent), xb, yb, track=False)
-        model.at(here)
+        theta, here = model.theta, model.theta.clone()
+        if self.alpha < 1:
+            g1 = g1.clone()
+        theta.add_(g1, alpha=self.rho / (float(g1.norm()) + TINY) if self.normalize else self.rho)
+        g2 = model.gradient(theta, xb, yb, track=False)
+        theta.copy_(here)
         return g2.mul_(self.alpha).add_(g1, alpha=1 - self.alpha) if self.alpha < 1 else g2
 
     def start(self, session: Session) -> State:
-        return {"round": 0, "x": session.initial.clone(), "h": torch.zeros_like(session.initial)}
+        server: State = {"round": 0, "x": session.initial.clone()}
+        if self.corrected and self.rule == "all":
+            server["h"] = torch.zeros_like(session.initial)  # the mean of all clients' h
+        return server
 
     def ask(self, server: State, session: Session) -> Sequence[Send]:
         content = {"x": server["x"]}
@@ -137,7 +138,7 @@ class FedSpeed(Synchronous):
     def close(self, server: State, replies: Mapping[int, Content], session: Session) -> None:
         change = mean_of(replies, "delta")
         x = server["x"] + change
-        if self.corrected and self.rule == "all":
+        if "h" in server:
             server["h"] = server["h"].add(change, alpha=len(replies) / session.clients)
             x += server["h"]
         server["x"] = x
@@ -146,6 +147,127 @@ class FedSpeed(Synchronous):
     def model(self, server: State) -> Tensor:
         x: Tensor = server["x"]
         return x
+
+
+class ProxCorrectedSAM(Optimizer):
+    """FedSpeed's client as an optimizer, for a training loop of one's own.
+
+        opt.begin_round(received.parameters())
+        for x, y in batches:
+            loss = opt.step(closure)
+        delta = opt.end_round()
+
+    ``closure`` computes the loss, calls ``backward`` and returns it, as for `torch.optim.LBFGS`; a step calls
+    it twice, on the same minibatch, or once if ``alpha`` or ``rho`` is 0. The dual is kept in the optimizer's
+    state as ``h`` of each parameter, from round to round and in `state_dict`.
+
+    Args:
+        params: parameters, or groups of them with an ``lr`` and ``weight_decay`` of their own; norms are over
+            all of them.
+        lr: learning rate, which schedulers may change.
+        prox, rho, alpha, normalize: as in `FedSpeed`.
+        weight_decay, max_norm: as in `LocalSGD`, with FedSpeed's order: the clip spares pull and dual.
+    """
+
+    def __init__(
+        self,
+        params: ParamsT,
+        lr: float,
+        prox: float = 0.1,
+        rho: float = 0.1,
+        alpha: float = 1.0,
+        *,
+        normalize: bool = True,
+        weight_decay: float = 0.0,
+        max_norm: float | None = None,
+    ) -> None:
+        _check(prox, rho, alpha)
+        LocalSGD(lr, weight_decay=weight_decay, max_norm=max_norm)  # refuses what is out of range
+        super().__init__(params, {"lr": lr, "weight_decay": weight_decay})
+        self.prox, self.rho, self.alpha, self.normalize, self.max_norm = prox, rho, alpha, normalize, max_norm
+
+    @torch.no_grad()
+    def begin_round(self, anchor: Iterable[Tensor] | None = None) -> None:
+        """Start from the received model, given as tensors in the order of the parameters; None is the model as
+        it is. Raises ValueError for tensors of other shapes or another number."""
+        parameters = self._parameters()
+        received = [p.clone() for p in (parameters if anchor is None else anchor)]
+        shapes, expected = [tuple(t.shape) for t in received], [tuple(p.shape) for p in parameters]
+        if shapes != expected:
+            raise ValueError(f"anchor must have the parameters' shapes {expected}; got {shapes}")
+        for p, x in zip(parameters, received, strict=True):
+            p.copy_(x)
+            self.state[p]["anchor"] = x
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Tensor]) -> Tensor:  # type: ignore[override]  # it must be given
+        """One local step; returns the loss before it."""
+        parameters = self._parameters(in_round=True)
+        loss, g = self._gradient(closure, parameters)
+        if self.alpha and self.rho:
+            here = [p.clone() for p in parameters]
+            ascent = self.rho / (_norm(g) + TINY) if self.normalize else self.rho
+            torch._foreach_add_(parameters, g, alpha=ascent)
+            _, g2 = self._gradient(closure, parameters)
+            torch._foreach_copy_(parameters, here)
+            g = [b.mul_(self.alpha).add_(a, alpha=1 - self.alpha) for a, b in zip(g, g2, strict=True)]
+        if self.max_norm is not None:
+            torch._foreach_mul_(g, min(1.0, self.max_norm / (_norm(g) + 1e-6)))
+        of = iter(g)
+        for group in self.param_groups:
+            for p in group["params"]:
+                direction = next(of)
+                direction.add_(p - self._target(p), alpha=self.prox).add_(p, alpha=group["weight_decay"])
+                p.sub_(direction, alpha=group["lr"])
+        return loss
+
+    @torch.no_grad()
+    def end_round(self) -> list[Tensor]:
+        """The change of each parameter since `begin_round`, to be sent; takes it into the dual."""
+        changes = []
+        for p in self._parameters(in_round=True):
+            state = self.state[p]
+            changes.append(p - state.pop("anchor"))
+            if self.prox:
+                state["h"] = state["h"] + changes[-1] if "h" in state else changes[-1].clone()
+        return changes
+
+    def _parameters(self, in_round: bool = False) -> list[Tensor]:
+        parameters = [p for group in self.param_groups for p in group["params"]]
+        if in_round and not all("anchor" in self.state[p] for p in parameters):
+            raise RuntimeError("begin_round must come before step and end_round")
+        return parameters
+
+    def _gradient(
+        self, closure: Callable[[], Tensor], parameters: Sequence[Tensor]
+    ) -> tuple[Tensor, list[Tensor]]:
+        self.zero_grad()
+        with torch.enable_grad():
+            loss = closure()
+        if all(p.grad is None for p in parameters):
+            raise RuntimeError("closure must call backward on the loss; no parameter has a gradient")
+        found = [torch.zeros_like(p) if p.grad is None else p.grad.clone() for p in parameters]
+        return loss.detach(), found
+
+    def _target(self, p: Tensor) -> Tensor:
+        """What a parameter is pulled to: pull and dual together are mu (v - (x - h))."""
+        state = self.state[p]
+        anchor: Tensor = state["anchor"]
+        return anchor - state["h"] if "h" in state else anchor
+
+
+def _norm(tensors: Sequence[Tensor]) -> float:
+    return float(torch.cat([t.reshape(-1) for t in tensors]).norm())
+
+
+def _check(prox: float, rho: float, alpha: float) -> None:
+    for name, value, allowed, fine in (
+        ("prox", prox, ">= 0 and finite", 0 <= prox < math.inf),
+        ("rho", rho, ">= 0 and finite", 0 <= rho < math.inf),
+        ("alpha", alpha, "in [0, 1]", 0 <= alpha <= 1),
+    ):
+        if not fine:
+            raise ValueError(f"{name} must be {allowed}; got {value!r}")
 
 
 def fed_prox(local: LocalSGD, prox: float = 0.1) -> FedSpeed:

@@ -43,7 +43,7 @@ from cograd.engines.federated.protocol import (
     all_finite,
 )
 from cograd.engines.federated.row import Row
-from cograd.engines.federated.samplers import Everyone, Sampler
+from cograd.engines.federated.samplers import Everyone, Sampler, drawn
 from cograd.engines.federated.wire import Wire
 from cograd.engines.federated.workers import Job, Runner, one_thread
 
@@ -268,7 +268,7 @@ class Server:
             self.model.theta.clone(),
             sizes,
             federation.seed,
-            lambda round: federation.sampler(round, federation.clients, federation.seed),
+            lambda round: drawn(federation.sampler, round, federation.clients, federation.seed),
             federation.timeout,
         )
         self.state = federation.method.start(self.session)
@@ -298,7 +298,7 @@ class Server:
     def tell(self, event: Event) -> None:
         """Tell the method of an event and do what it answers."""
         done = self.state["round"]
-        if isinstance(event, Reply):
+        if isinstance(event, Reply) and self.federation.method.takes(self.state, event, self.session):
             self.participants.add(event.client)
         if isinstance(event, Lost):
             self.lost[event.client] = event.reason

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
@@ -13,12 +14,15 @@ from torch import nn
 
 from cograd.core.streams import seed_for
 from cograd.engines.federated.protocol import Method
+from cograd.engines.federated.row import Row
 from cograd.engines.federated.simulation import Simulation
+from cograd.engines.federated.workers import NotFinite
 
 if TYPE_CHECKING:
     from cograd.papers._lab import Cell, Lab, Record, Report
 
 WORKERS = 2
+MEASURES = ("accuracy", "personal", "worst", "before")
 EXTENSIONS = 3
 """How often a grid is continued beyond an edge at which the best value lies."""
 
@@ -37,21 +41,33 @@ def train(
     """One method on one seed: what it measured after every round.
 
     Initial weights depend on the seed alone, so that methods are paired. ``options`` are those of `Simulation`.
+    The accuracies of a training that diverged are NaN from then on.
     """
     torch.manual_seed(seed_for(seed, "init"))
     with Simulation(method, model(), loss, clients, seed=seed, workers=WORKERS, **options) as sim:
-        rows = sim.run(rounds, progress=lambda row: report(f"round {row.round}/{rounds}"))
+        with suppress(NotFinite):
+            sim.run(rounds, progress=lambda row: report(f"round {row.round}/{rounds}"))
+        rows = sim.history
+        rows += [_diverged(sim, number) for number in range(len(rows) + 1, rounds + 1)]
     record: Record = {
         "round": [row.round for row in rows],
         "up": [row.up for row in rows],
         "down": [row.down for row in rows],
         "grad": [row.work.get("grad", 0.0) for row in rows],
     }
-    for name in ("accuracy", "personal", "worst", "before"):
+    for name in MEASURES:
         values = [getattr(row, name) for row in rows]
         if any(value is not None for value in values):
             record[name] = [value if value is None else 100 * value for value in values]
     return record
+
+
+def _diverged(sim: Simulation, number: int) -> Row:
+    tally, nan = sim.tally, math.nan
+    return Row(
+        number, 0.0, (), tally.up, tally.down, tally.work, tally.seconds,
+        accuracy=nan, personal=nan, worst=nan, before=nan,
+    )  # fmt: skip
 
 
 def tail(record: Record, rounds: int, name: str = "accuracy") -> float:

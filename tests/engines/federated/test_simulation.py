@@ -274,7 +274,8 @@ def test_a_task_that_raises_is_named_and_changes_nothing(workers):
 def test_a_worker_that_dies_is_named():
     sim = simulation(Faulty(LOCAL, does="die"), sampler=Everyone(), workers=2)
     sim.run(1)
-    with pytest.raises(ClientError, match=r"a worker process died \(signal 9\) with client \d, task 'train'"):
+    message = r"client 2, task 'train', round 1: its worker process died \(signal 9\)"
+    with pytest.raises(ClientError, match=message):
         sim.run(2)
     sim.close()
 

@@ -25,7 +25,7 @@ from cograd.engines.federated.row import Row
 from cograd.engines.federated.samplers import Available, Bernoulli, Cyclic, Everyone, Sampler, Uniform
 from cograd.engines.federated.simulation import Simulation
 from cograd.engines.federated.training import LocalSGD
-from cograd.engines.federated.workers import ClientError
+from cograd.engines.federated.workers import ClientError, NotFinite
 
 __all__ = [
     "Action",
@@ -43,6 +43,7 @@ __all__ = [
     "Lost",
     "Method",
     "NoReplies",
+    "NotFinite",
     "Reply",
     "Row",
     "Sampler",

@@ -24,23 +24,31 @@ class LocalModel:
     ``v.sub_(...)`` moves it.
 
     Floating buffers that training moves (BatchNorm's running statistics) are not part of the space: `buffers`
-    reads and sets them.
+    reads and sets them. Other buffers (its count of minibatches) begin anew with every task: `restart`.
+
+    Raises ValueError for trainable parameters of several dtypes or devices.
     """
 
     def __init__(self, module: nn.Module, loss: Loss) -> None:
         self.module, self.loss = module, loss
         self.space = ParamSpace.of(module)
         parameters = trainable(module)
-        first = next(iter(parameters.values()))
-        self.theta = self.space.zeros(first.device, first.dtype)
+        kinds = {(p.dtype, p.device) for p in parameters.values()}
+        if len(kinds) > 1:
+            found = ", ".join(sorted(f"{dtype} on {device}" for dtype, device in kinds))
+            raise ValueError(f"trainable parameters must be of one dtype, on one device; got {found}")
+        (dtype, device), *_ = kinds
+        self.theta = self.space.zeros(device, dtype)
         self.space.flatten({name: p.detach() for name, p in parameters.items()}, out=self.theta)
         self._gradient = torch.zeros_like(self.theta)
         views, slots = self.space.views(self.theta), self.space.views(self._gradient)
         for name, p in parameters.items():
             p.data = views[name]
             p.grad = slots[name]
-        self._slots = [(p, slots[name]) for name, p in parameters.items()]
         self._buffers = [b for b in module.buffers() if b.is_floating_point()]
+        self._counters = [(b, b.clone()) for b in module.buffers() if not b.is_floating_point()]
+        self._training: bool | None = None
+        self._one = torch.ones((), dtype=dtype, device=device)
         self.last_loss = torch.tensor(float("nan"))
 
     @classmethod
@@ -68,10 +76,11 @@ class LocalModel:
         """
         kept = None if track else self.buffers
         self.at(vector)
-        self.module.train()
+        self._mode(training=True)
         self._gradient.zero_()
         loss = self.loss(self.module(x), y)
-        loss.backward()
+        # torch would make this 1 anew each time, which takes a small model a twentieth of its time
+        loss.backward(self._one if loss.dtype == self._one.dtype and not loss.ndim else None)
         self.last_loss = loss.detach()
         if kept is not None:
             self.buffers = kept
@@ -81,7 +90,7 @@ class LocalModel:
     def outputs(self, vector: Tensor, x: Tensor) -> Tensor:
         """The module's outputs at ``vector``, in evaluation mode."""
         self.at(vector)
-        self.module.eval()
+        self._mode(training=False)
         return torch.cat([self.module(part) for part in x.split(_EVALUATION)])
 
     def mean_loss(self, vector: Tensor, x: Tensor, y: Tensor) -> float:
@@ -91,6 +100,23 @@ class LocalModel:
     def correct(self, vector: Tensor, x: Tensor, y: Tensor) -> int:
         """How many of the examples are classified rightly."""
         return int((self.outputs(vector, x).argmax(-1) == y).sum())
+
+    def restart(self) -> None:
+        """Set buffers that are not floating as they were at first."""
+        for buffer, first in self._counters:
+            buffer.copy_(first)
+
+    def owns(self, tensor: Tensor) -> bool:
+        """Whether a tensor lies in the storage of ``theta`` or of its gradient, which the next call changes."""
+        place = tensor.untyped_storage().data_ptr()
+        return place in (self.theta.untyped_storage().data_ptr(), self._gradient.untyped_storage().data_ptr())
+
+    def _mode(self, training: bool) -> None:
+        if (
+            self._training is not training
+        ):  # asking every module at every minibatch would cost a tenth of the time
+            self.module.train(training)
+            self._training = training
 
     @property
     def buffers(self) -> Tensor | None:

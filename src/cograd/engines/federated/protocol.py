@@ -16,7 +16,6 @@ from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeAlias
 
-import torch
 from torch import Tensor
 
 from cograd.core.space import ParamSpace
@@ -121,6 +120,15 @@ Action: TypeAlias = Send | After
 
 
 @dataclass
+class Exchange:
+    """What a synchronous server waits for: the task of each client asked, and the replies so far."""
+
+    asked: dict[int, str] = field(default_factory=dict)
+    replies: dict[int, Content] = field(default_factory=dict)
+    late: bool = False
+
+
+@dataclass
 class Session:
     """What a server knows of the session: all of it is the same in a resumed run.
 
@@ -128,6 +136,7 @@ class Session:
     engine's time. ``timeout`` is how long an exchange waits for replies; None waits for all of them.
     Figures in ``reports`` go to the history with the round in which they were put there; so do
     ``participants``, which a method sets where they are not just those who have answered since the last round.
+    ``exchange`` is `Synchronous`'s own.
     """
 
     space: ParamSpace
@@ -139,6 +148,7 @@ class Session:
     now: float = 0.0
     reports: dict[str, float] = field(default_factory=dict)
     participants: Sequence[int] | None = None
+    exchange: Exchange = field(default_factory=Exchange)
 
     @property
     def clients(self) -> int:
@@ -172,6 +182,10 @@ class Method(ABC):
     def next(self, server: State, event: Event, session: Session) -> Sequence[Action]:
         """React to an event; changes ``server`` in place."""
 
+    def takes(self, server: State, reply: Reply, session: Session) -> bool:
+        """Whether a reply still counts, or comes too late; an engine drops those that do not."""
+        return True
+
     def shared(self, space: ParamSpace) -> ParamSpace:
         """The part of the model whose vectors travel: codecs apply to tensors with as many elements."""
         return space
@@ -195,18 +209,15 @@ class Synchronous(Method):
     """A method of rounds, each of one exchange or more: all that are asked answer, then the server goes on.
 
     A subclass says what is asked of whom (`ask`) and what becomes of the replies (`close`), which it gets in
-    the order of the clients' numbers whatever the order in which they came. When the session's timeout has
-    passed, an exchange goes on with the replies at hand, or with the first one if there is none. Replies are
-    kept by the instance and not by the state: an engine saves only between exchanges.
+    the order of the clients' numbers whatever the order in which they came. The exchanges of one round are told
+    apart by their tasks. When the session's timeout has passed, an exchange goes on with the replies at hand,
+    or with the first one if there is none. Replies are kept by the session and not by the state: an engine
+    saves only between exchanges.
     """
-
-    _replies: dict[int, Content]
-    _asked: dict[int, str]
-    _late: bool = False
 
     @abstractmethod
     def ask(self, server: State, session: Session) -> Sequence[Send]:
-        """The messages of the next exchange; at most one a client."""
+        """The messages of the next exchange: at least one, and at most one a client."""
 
     @abstractmethod
     def close(self, server: State, replies: Mapping[int, Content], session: Session) -> None:
@@ -215,47 +226,64 @@ class Synchronous(Method):
     def next(self, server: State, event: Event, session: Session) -> Sequence[Action]:
         if isinstance(event, Start):
             return self._open(server, session)
+        exchange = session.exchange
         if isinstance(event, Reply | Lost):
-            if event.round != server["round"] or self._asked.get(event.client) != event.task:
-                return ()  # too late: its exchange is over
+            if not self.takes(server, event, session):
+                return ()
             if isinstance(event, Reply):
-                self._replies[event.client] = event.content
+                exchange.replies[event.client] = event.content
             else:
-                del self._asked[event.client]
+                del exchange.asked[event.client]
         if isinstance(event, Timer) and event.key == server.get("exchange", 0):
-            self._late = True
-        if len(self._replies) < len(self._asked) and not (self._late and self._replies):
+            exchange.late = True
+        if len(exchange.replies) < len(exchange.asked) and not (exchange.late and exchange.replies):
             return ()
-        if not self._replies:
+        if not exchange.replies:
             raise NoReplies(f"round {server['round']}: none of the clients asked has answered")
-        replies = {client: self._replies[client] for client in sorted(self._replies)}
-        self._replies, self._asked = {}, {}
+        replies = {client: exchange.replies[client] for client in sorted(exchange.replies)}
+        session.exchange = Exchange()
         self.close(server, replies, session)
         server["exchange"] = server.get("exchange", 0) + 1
         return self._open(server, session)
 
+    def takes(self, server: State, reply: Reply | Lost, session: Session) -> bool:
+        return reply.round == server["round"] and session.exchange.asked.get(reply.client) == reply.task
+
     def resumed(self, server: State, session: Session, coming: Sequence[Event], sends: Sequence[Send]) -> None:
-        self._replies = {}
-        self._asked = {send.to: send.task for send in sends}
+        session.exchange = Exchange({send.to: send.task for send in sends})
 
     def _open(self, server: State, session: Session) -> Sequence[Action]:
         sends = list(self.ask(server, session))
-        self._replies, self._asked, self._late = {}, {send.to: send.task for send in sends}, False
+        asked = {send.to: send.task for send in sends}
+        if not sends or len(asked) < len(sends):
+            to = [send.to for send in sends]
+            raise RuntimeError(
+                f"round {server['round']}: ask must name one client or more, each once; got {to}"
+            )
+        session.exchange = Exchange(asked)
         if session.timeout is None:
             return sends
         return [*sends, After(session.timeout, server.get("exchange", 0))]
 
 
 def mean_of(replies: Mapping[int, Content], name: str, weights: Mapping[int, float] | None = None) -> Tensor:
-    """The mean of a tensor of the replies, added in the order of the clients; ``weights`` need not sum to 1."""
+    """The mean of a tensor of the replies, added in the order of the clients; ``weights`` need not sum to 1.
+
+    Raises ValueError for a tensor of another shape than the first client's, naming the client.
+    """
     total, scale = None, 0.0
     for client, content in replies.items():
         weight = 1.0 if weights is None else weights[client]
         scale += weight
+        tensor = content[name]
         if total is None:
-            total = content[name] * weight
+            total = tensor * weight
+        elif tensor.shape != total.shape:
+            raise ValueError(
+                f"{name!r} of client {client} must have shape {tuple(total.shape)}; got {tuple(tensor.shape)}"
+            )
         else:
-            total.add_(content[name], alpha=weight)
+            total.add_(tensor, alpha=weight)
     if total is None or not scale > 0:
         raise ValueError(
             f"weights must be given for at least one client, and sum to more than 0; got {weights}"
@@ -269,4 +297,10 @@ def sizes_of(replies: Mapping[int, Content], session: Session) -> dict[int, floa
 
 
 def all_finite(content: Content) -> bool:
-    return all(bool(torch.isfinite(t).all()) for t in content.values() if t.is_floating_point())
+    """Whether no floating tensor holds NaN or infinity."""
+    return all(_finite(t) for t in content.values() if t.is_floating_point())
+
+
+def _finite(tensor: Tensor) -> bool:
+    # a finite sum has finite terms, and is had sooner; finite terms may still overflow
+    return bool(tensor.sum().isfinite()) or bool(tensor.isfinite().all())

@@ -15,9 +15,24 @@ class Sampler(Protocol):
     def __call__(self, round: int, clients: int, seed: int) -> list[int]: ...
 
 
+def drawn(sampler: Sampler, round: int, clients: int, seed: int) -> list[int]:
+    """Who takes part in a round. Raises ValueError for a sampler that selects nobody, or not as it should."""
+    chosen = sampler(round, clients, seed)
+    if not chosen:
+        raise ValueError(f"sampler must select at least one client; {sampler!r} selects none in round {round}")
+    if sorted(set(chosen)) != chosen or not 0 <= chosen[0] <= chosen[-1] < clients:
+        raise ValueError(
+            f"sampler must give numbers of 0 .. {clients - 1}, ascending, each once; "
+            f"{sampler!r} gives {chosen} in round {round}"
+        )
+    return chosen
+
+
 def _count(fraction: float | None, count: int | None, clients: int) -> int:
     if (fraction is None) == (count is None):
         raise ValueError(f"give either fraction or count; got fraction={fraction}, count={count}")
+    if fraction is not None and not 0 <= fraction <= 1:
+        raise ValueError(f"fraction must be in (0, 1]; got {fraction}")
     number = count if count is not None else int((fraction or 0.0) * clients + 1e-9)
     if not 1 <= number <= clients:
         raise ValueError(
@@ -87,6 +102,10 @@ class Available:
 
     available: Callable[[int, int], bool]
     count: int
+
+    def __post_init__(self) -> None:
+        if self.count < 1:
+            raise ValueError(f"count must be >= 1; got {self.count}")
 
     def __call__(self, round: int, clients: int, seed: int) -> list[int]:
         there = [client for client in range(clients) if self.available(client, round)]

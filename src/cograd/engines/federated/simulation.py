@@ -42,10 +42,20 @@ from cograd.engines.federated.protocol import (
     all_finite,
 )
 from cograd.engines.federated.row import Row
-from cograd.engines.federated.samplers import Everyone, Sampler
+from cograd.engines.federated.samplers import Everyone, Sampler, drawn
 from cograd.engines.federated.store import StateStore
 from cograd.engines.federated.wire import Wire
-from cograd.engines.federated.workers import BUFFERS, ClientError, Done, Forked, Here, Job, Runner, one_thread
+from cograd.engines.federated.workers import (
+    BUFFERS,
+    ClientError,
+    Done,
+    Forked,
+    Here,
+    Job,
+    NotFinite,
+    Runner,
+    one_thread,
+)
 
 TICKS = 10**9
 """Ticks of the clock in a unit of time. Times are whole ticks, so that equal times are equal."""
@@ -83,7 +93,7 @@ class Simulation:
         up, down: codecs of the vectors that clients send and receive.
         buffers: what becomes of floating buffers such as BatchNorm's statistics: ``refuse`` a model that has
             any, keep them ``local``, or send them along and take their size-weighted ``mean``.
-        nonfinite: ``refuse`` raises `ClientError` for a reply that holds NaN or infinity; ``exclude`` leaves it
+        nonfinite: ``refuse`` raises `NotFinite` for a reply that holds NaN or infinity; ``exclude`` leaves it
             and the state that came with it out, and names the client in the row.
         response_time: how long client i takes to answer, in any unit: a sequence, or a function of the client
             and of how often it has answered before. None: no time passes.
@@ -126,6 +136,10 @@ class Simulation:
             raise ValueError(f"every must be >= 1; got {every}")
         if timeout is not None and not timeout > 0:
             raise ValueError(f"timeout must be > 0 or None; got {timeout}")
+        if workers is not None and workers < 0:
+            raise ValueError(f"workers must be >= 0 or None; got {workers}")
+        if personal and not any(len(getattr(data, "test_y", ())) for data in clients):
+            raise ValueError("personal must be False where no client has test examples; got True")
         self.method, self.clients, self.test, self.every, self.personal = method, clients, test, every, personal
         self.local = LocalModel.of(model, loss)
         kept = self.local.buffers
@@ -138,20 +152,18 @@ class Simulation:
         self.states = StateStore(cap)
         self.buffers = kept if buffers == "mean" else None
         self._nonfinite, self._response = nonfinite, _response_times(response_time, len(clients))
-        sampler(0, len(clients), seed)  # a participation that selects nobody is refused here
+        self.sampler = sampler
+        drawn(sampler, 0, len(clients), seed)  # a participation that selects nobody is refused here
         space, initial = self.local.space, self.local.theta.clone()
         self.session = Session(
-            space, initial, sizes, seed, lambda round: sampler(round, len(clients), seed), timeout
+            space, initial.cpu(), sizes, seed, lambda round: drawn(sampler, round, len(clients), seed), timeout
         )
         layout = method.shared(space).layout
         self.runner = Runner(
             method.tasks(), clients, sizes, self.local, initial, Wire(layout, up), Wire(layout, down),
             seed, buffers if kept is not None else "refuse", personal,
         )  # fmt: skip
-        count = (os.cpu_count() or 1) if workers is None else workers
-        if count < 0:
-            raise ValueError(f"workers must be >= 0 or None; got {workers}")
-        self._workers = count
+        self._workers = _processes(workers, self.local)
         self._executor: Here | Forked | None = None
         self.server = method.start(self.session)
         self.history: list[Row] = []
@@ -159,7 +171,7 @@ class Simulation:
         self.sends: list[Send] = []
         self.tally = Tally([0] * len(clients))
         self._schemas: set[str] = set()
-        self._new_buffers: dict[int, Tensor] = {}
+        self.between_rounds = True
         self._new_row()
 
     def save(self, folder: Path) -> None:
@@ -168,6 +180,7 @@ class Simulation:
 
     def load(self, folder: Path) -> None:
         """Continue from what `save` wrote (see `saving.load`)."""
+        self._new_row()
         saving.load(self, folder)
 
     # Running
@@ -203,6 +216,14 @@ class Simulation:
     def advance(self, limit: float = math.inf) -> Row | None:
         """Run to the end of the next round; None if nothing is left to happen up to the tick ``limit``."""
         began = time.monotonic()
+        try:
+            ended = self._advance(limit)
+        finally:
+            self.tally.seconds += time.monotonic() - began
+        return self._row() if ended else None
+
+    def _advance(self, limit: float) -> bool:
+        """Whether a round has ended."""
         if not self.tally.started:
             self.tally.started = True
             self._do(self.method.next(self.server, Start(), self.session))
@@ -210,25 +231,21 @@ class Simulation:
         while True:
             self._ask()
             if not self.queue or self.queue[0][0] > limit:
-                break
+                return False
+            self.between_rounds = False
             self.tally.ticks, _, event = heapq.heappop(self.queue)
             self.tell_time()
-            if isinstance(event, Reply):
-                self._arrived(event)
-            actions = self.method.next(self.server, event, self.session)
-            self._do(actions)
+            if isinstance(event, Reply) and not self._arrived(event):
+                continue
+            self._do(self.method.next(self.server, event, self.session))
             if self.server["round"] != done:
                 self._average_buffers()
-                self.tally.seconds += time.monotonic() - began
-                return self._row()
-        self.tally.seconds += time.monotonic() - began
-        return None
+                self.between_rounds = True
+                return True
 
     def close(self) -> None:
         """End the worker processes and remove client states from disk."""
-        if self._executor is not None:
-            self._executor.close()
-            self._executor = None
+        self._dismiss()
         self.states.close()
 
     def __enter__(self) -> Simulation:
@@ -256,81 +273,95 @@ class Simulation:
         self.tally.order += 1
 
     def _ask(self) -> None:
-        """Have all clients that are to be asked do their tasks, and their replies on the way."""
+        """Have all clients that are to be asked do their tasks, and their replies on the way.
+
+        What fails raises before anything is counted or kept.
+        """
         if not self.sends:
             return
-        jobs = self._jobs(self.sends)
         with one_thread():
+            jobs = self._jobs(self.sends)
             results = self._execute(jobs)
-        failed = next((done for done in results if done.error is not None), None)
+        failed = next((done.error for done in results if done.error is not None), None)
         if failed is not None:
-            raise ClientError(failed.error)
-        replies = [self._received(job, done) for job, done in zip(jobs, results, strict=True)]
-        for done, event in zip(results, replies, strict=True):
+            raise ClientError(failed)
+        events = [self._event(done) for done in results]
+        self.between_rounds = False
+        for job, done, event in zip(jobs, results, events, strict=True):
+            self._account(job, done)
             if isinstance(event, Reply):
                 self.states[done.client] = done.state
+            else:
+                self._lost[event.client] = event.reason
             self._at(self._response(done.client, self.tally.answers[done.client]), event)
             self.tally.answers[done.client] += 1
         self.sends = []
 
     def _jobs(self, sends: Sequence[Send]) -> list[Job]:
         packed: dict[int, tuple[Schema, bytes]] = {}
-        jobs, number, server = [], self.server["round"], len(self.clients)
+        jobs, number, wire = [], self.server["round"], self.runner.down
+        context = Context(self.session.seed, number, len(self.clients))
         for send in sends:
             key = id(send.content)
             if key not in packed:
                 content = send.content if self.buffers is None else {**send.content, BUFFERS: self.buffers}
-                wire = self.runner.down
-                context = Context(self.session.seed, number, server)
                 packed[key] = wire.schema(content), wire.pack(content, context)
-            schema, payload = packed[key]
-            self._count(server, send.to, number, schema, len(payload))
-            self.tally.down += len(payload)
-            state = self.states[send.to]
-            jobs.append(Job(send.to, send.task, number, key, schema, payload, state))
+            jobs.append(Job(send.to, send.task, number, key, *packed[key], self.states[send.to]))
         return jobs
 
     def _execute(self, jobs: Sequence[Job]) -> list[Done]:
         if self._executor is None:
-            forked = self._workers > 0 and hasattr(os, "fork")
-            self._executor = Forked(self.runner, self._workers) if forked else Here(self.runner)
-        return self._executor.run(jobs)
+            self._executor = Forked(self.runner, self._workers) if self._workers else Here(self.runner)
+        try:
+            return self._executor.run(jobs)
+        except BaseException:  # an answer that is still to come must not be taken for that of a later job
+            self._dismiss()
+            raise
 
-    def _received(self, job: Job, done: Done) -> Event:
-        self._count(job.client, len(self.clients), job.round, done.schema, len(done.payload))
+    def _dismiss(self) -> None:
+        if self._executor is not None:
+            self._executor.close()
+            self._executor = None
+
+    def _event(self, done: Done) -> Reply | Lost:
+        """What the server gets to see of an answer."""
+        context = Context(self.session.seed, done.round, done.client)
+        content = self.runner.up.unpack(done.payload, done.schema, context)
+        if all_finite(content):
+            return Reply(done.client, done.task, done.round, content)
+        what = f"the reply of client {done.client} to {done.task!r} in round {done.round} holds NaN or infinity"
+        if self._nonfinite == "refuse":
+            raise NotFinite(f"{what}; nonfinite='exclude' would leave it out")
+        return Lost(done.client, done.task, done.round, what)
+
+    def _account(self, job: Job, done: Done) -> None:
+        """Count a message there and back, and the work between."""
+        server = len(self.clients)
+        self._count(server, job.client, job.round, job.schema, len(job.payload))
+        self._count(job.client, server, job.round, done.schema, len(done.payload))
+        self.tally.down += len(job.payload)
         self.tally.up += len(done.payload)
         for kind, amount in done.work.items():
             self.ledger.work(job.client, kind, amount)
             self.tally.work[kind] = self.tally.work.get(kind, 0.0) + amount
         for name, value in done.reports.items():
             self._reports.setdefault(name, []).append(value)
-        content = self.runner.up.unpack(
-            done.payload, done.schema, Context(self.session.seed, job.round, job.client)
-        )
-        if not all_finite(content):
-            what = (
-                f"the reply of client {job.client} to {job.task!r} in round {job.round} holds NaN or infinity"
-            )
-            if self._nonfinite == "refuse":
-                raise ClientError(f"{what}; nonfinite='exclude' would leave it out")
-            self._lost[job.client] = what
-            return Lost(job.client, job.task, job.round, what)
-        return Reply(job.client, job.task, job.round, content)
 
-    def _arrived(self, event: Reply) -> None:
+    def _arrived(self, event: Reply) -> bool:
+        """Whether a reply has come in time; then its client has taken part."""
+        if not self.method.takes(self.server, event, self.session):
+            return False
         self._participants.add(event.client)
         kept = event.content.pop(BUFFERS, None)
         if kept is not None:
             self._new_buffers[event.client] = kept
+        return True
 
     def _average_buffers(self) -> None:
         if self._new_buffers:
             weights = {client: float(self.session.sizes[client]) for client in sorted(self._new_buffers)}
-            total = sum(weights.values())
-            self.buffers = sum(
-                (self._new_buffers[c] * (w / total) for c, w in weights.items()), torch.zeros(())
-            )
-            self._new_buffers = {}
+            parts = [self._new_buffers[client] * weight for client, weight in weights.items()]
+            self.buffers = torch.stack(parts).sum(0) / sum(weights.values())
 
     def _count(self, sender: int, to: int, number: int, schema: Schema, payload: int) -> None:
         first = f"{sender == len(self.clients)} {schema.digest}"
@@ -402,6 +433,7 @@ class Simulation:
         self._participants: set[int] = set()
         self._reports: dict[str, list[float]] = {}
         self._lost: dict[int, str] = {}
+        self._new_buffers: dict[int, Tensor] = {}
         self.session.reports.clear()
         self.session.participants = None
 
@@ -414,6 +446,14 @@ def _sizes(clients: Sequence[Any]) -> list[int]:
     if empty is not None:
         raise ValueError(f"client {empty} holds no examples; every client must hold at least one")
     return sizes
+
+
+def _processes(workers: int | None, model: LocalModel) -> int:
+    """How many processes to fork. Raises ValueError for a model on a GPU, which forked processes cannot use."""
+    forkable = hasattr(os, "fork") and model.theta.device.type == "cpu"
+    if workers and model.theta.device.type != "cpu":
+        raise ValueError(f"workers must be 0 or None for a model on {model.theta.device}; got {workers}")
+    return (os.cpu_count() or 1 if workers is None else workers) if forkable else 0
 
 
 def _one_of(name: str, value: str, allowed: Sequence[str]) -> None:

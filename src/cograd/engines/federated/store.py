@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import tempfile
+import weakref
 from collections import OrderedDict
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
@@ -20,14 +23,14 @@ from cograd.engines.federated.protocol import State
 class StateStore:
     """A mapping of client number -> state, of which at most ``cap`` bytes stay in memory (None: all of it).
 
-    Those used last stay; others lie as one file a client in a temporary folder, which `close` removes. A client
-    that was never stored has an empty state.
+    Those used last stay; others lie as one file a client in a temporary folder, which goes with the store, or
+    sooner by `close`. A client that was never stored has an empty state.
     """
 
-    def __init__(self, cap: int | None = None, folder: Path | None = None) -> None:
+    def __init__(self, cap: int | None = None) -> None:
         if cap is not None and cap < 0:
             raise ValueError(f"cap must be >= 0 bytes or None; got {cap}")
-        self.cap, self._parent = cap, folder
+        self.cap = cap
         self._memory: OrderedDict[int, tuple[State, int]] = OrderedDict()
         self._held = 0
         self._folder: Path | None = None
@@ -37,7 +40,11 @@ class StateStore:
         if client in self._memory:
             self._memory.move_to_end(client)
             return self._memory[client][0]
-        return read(self._path(client)) if client in self._files else {}
+        if client not in self._files:
+            return {}
+        if self._folder is None:
+            raise RuntimeError(f"the state of client {client} lay on disk, and the store is closed")
+        return read(self._path(client))
 
     def __setitem__(self, client: int, state: State) -> None:
         size = _size(state)
@@ -62,30 +69,40 @@ class StateStore:
 
     @property
     def disk(self) -> int:
-        """Bytes of state on disk."""
-        return sum(self._files.values())
+        """Bytes on disk."""
+        return sum(self._files.values()) if self._folder is not None else 0
+
+    def clear(self) -> None:
+        """Forget all states."""
+        self.close()
+        self._memory, self._files, self._held = OrderedDict(), {}, 0
 
     def close(self) -> None:
-        """Remove what lies on disk; the store must not be used any more."""
+        """Remove what lies on disk; it cannot be read any more."""
         if self._folder is not None:
-            shutil.rmtree(self._folder, ignore_errors=True)
-        self._folder, self._files = None, {}
+            _remove(self._folder, os.getpid())
+        self._folder = None
 
     def _path(self, client: int) -> Path:
         if self._folder is None:
-            self._folder = Path(tempfile.mkdtemp(prefix="cograd-clients-", dir=self._parent))
+            self._folder = Path(tempfile.mkdtemp(prefix="cograd-clients-"))
+            weakref.finalize(self, _remove, self._folder, os.getpid())
         return self._folder / f"{client}.safetensors"
 
 
+def _remove(folder: Path, owner: int) -> None:
+    if os.getpid() == owner:  # a forked process may end with a copy of the store
+        shutil.rmtree(folder, ignore_errors=True)
+
+
 def write(state: State, path: Path) -> None:
-    """A state as one safetensors file; scalars are in its metadata. Tensors that share storage become
-    several."""
-    tensors, seen = {}, set[int]()
-    for name, value in state.items():
-        if isinstance(value, Tensor):
-            storage = value.untyped_storage().data_ptr()
-            tensors[name] = value.clone() if storage in seen else value.contiguous()
-            seen.add(storage)
+    """A state as one safetensors file; scalars are in its metadata."""
+    # copies: safetensors refuses tensors that share storage
+    tensors = {
+        name: value.detach().clone(memory_format=torch.contiguous_format)
+        for name, value in state.items()
+        if isinstance(value, Tensor)
+    }
     scalars = {name: value for name, value in state.items() if not isinstance(value, Tensor)}
     save_file(tensors, path, metadata={"scalars": json.dumps(scalars)})
 

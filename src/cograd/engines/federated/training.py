@@ -72,7 +72,8 @@ class LocalSGD:
         for step, rows in enumerate(minibatches(n, self.batch_size, passes, order)):
             if step == steps:
                 return
-            yield data.x[rows], data.y[rows]
+            at = rows.to(data.x.device)
+            yield data.x.index_select(0, at), data.y.index_select(0, at)
 
     def run(
         self, ctx: ClientContext, data: ClientData, start: Tensor, gradient: Gradient | None = None

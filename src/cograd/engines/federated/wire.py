@@ -8,14 +8,18 @@ its direction. Booleans travel as bits, other tensors in their own dtype. Names,
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from cograd.core.codecs import Codec, CodecError, Context, Float32, Layout, tensor_of
+from cograd.core.codecs import Codec, CodecError, Context, FixedLength, Float32, Layout, tensor_of
 from cograd.core.message import Field, Payload, Schema
-from cograd.engines.federated.protocol import Content
+from cograd.engines.federated.protocol import Content, State
+
+CODEC = "engine.codec"
+"""Prefix of the names under which a codec's own state lies in a client's state."""
 
 
 @dataclass(frozen=True)
@@ -29,23 +33,34 @@ class Wire:
     layout: Layout
     codec: Codec = Float32()
 
-    @property
+    @cached_property
     def numel(self) -> int:
         return sum(self.layout)
 
+    @cached_property
+    def _fixed(self) -> int | None:
+        """Bytes of an encoded vector; None if they depend on it."""
+        return self.codec.nbytes(self.layout) if isinstance(self.codec, FixedLength) else None
+
     def schema(self, content: Content) -> Schema:
-        """What the receiver must know to read it."""
+        """What the receiver must know to read it. Raises TypeError for a content that holds no tensor."""
+        for name, value in content.items():
+            if not isinstance(value, Tensor):
+                raise TypeError(f"content {name!r} must be a tensor; got {type(value).__name__}")
         fields = tuple(Field(name, tuple(t.shape), t.dtype) for name, t in content.items())
         return Schema(fields, repr(self.codec))
 
-    def pack(self, content: Content, ctx: Context) -> bytes:
-        """The payload. Lengths of data-dependent encodings lead their field, as 4 bytes."""
+    def pack(self, content: Content, ctx: Context, state: State | None = None) -> bytes:
+        """The payload. Lengths of data-dependent encodings lead their field, as 4 bytes.
+
+        What a codec remembers is taken from ``state`` and put there; without one it must remember nothing.
+        """
         parts: list[bytes | bytearray] = []
         for field in self.schema(content).fields:
             tensor = content[field.name].detach()
             if self._is_vector(field):
-                payload = self.codec.encode(tensor.reshape(-1), self.layout, ctx).payload
-                if not hasattr(self.codec, "nbytes"):
+                payload = self._encoded(field.name, tensor.reshape(-1), ctx, state)
+                if self._fixed is None:
                     parts.append(len(payload).to_bytes(4, "little"))
                 parts.append(payload)
             elif field.dtype == torch.bool:
@@ -60,7 +75,7 @@ class Wire:
         for field in schema.fields:
             if self._is_vector(field):
                 size = self._vector_size(view, at)
-                at += 0 if hasattr(self.codec, "nbytes") else 4
+                at += 4 if self._fixed is None else 0
                 decoded = self.codec.decode(self._part(view, at, size), self.layout, ctx).dense()
                 content[field.name] = decoded.to(field.dtype).view(field.shape)
             elif field.dtype == torch.bool:
@@ -79,19 +94,26 @@ class Wire:
     def _is_vector(self, field: Field) -> bool:
         return field.numel == self.numel and field.dtype.is_floating_point
 
+    def _encoded(self, name: str, vector: Tensor, ctx: Context, state: State | None) -> bytearray:
+        prefix = f"{CODEC}.{name}."
+        own = {key.removeprefix(prefix): t for key, t in (state or {}).items() if key.startswith(prefix)}
+        encoded = self.codec.encode(vector, self.layout, ctx, own)
+        if encoded.state and state is None:
+            raise ValueError(f"a codec that remembers must be on the uplink; got {self.codec!r} on the other")
+        if state is not None:
+            state.update({prefix + key: t for key, t in encoded.state.items()})
+        return encoded.payload
+
     def _vector_size(self, view: memoryview, at: int) -> int:
-        if hasattr(self.codec, "nbytes"):
-            return int(self.codec.nbytes(self.layout))
-        return int.from_bytes(self._part(view, at, 4), "little")
+        return int.from_bytes(self._part(view, at, 4), "little") if self._fixed is None else self._fixed
 
     @staticmethod
-    def _part(view: memoryview, at: int, size: int) -> bytearray:
+    def _part(view: memoryview, at: int, size: int) -> memoryview:
+        """A copy of a part, laid out as torch lays out tensors: what is computed from it does not depend on
+        where it lay."""
         part = view[at : at + size]
         if len(part) < size:
             raise CodecError(f"truncated: {len(view)} bytes, {at + size} are needed")
-        return bytearray(part)
-
-
-def clone(content: Content) -> dict[str, Tensor]:
-    """A copy whose tensors are nobody else's."""
-    return {name: tensor.clone() for name, tensor in content.items()}
+        copied = torch.empty(size, dtype=torch.uint8).numpy().data
+        copied[:] = part
+        return copied
