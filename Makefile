@@ -18,8 +18,8 @@ demo: setup
 	$(BIN)/cograd demo
 
 lint: setup
-	$(BIN)/ruff format --check src tests bench docs scripts
-	$(BIN)/ruff check src tests bench docs scripts
+	$(BIN)/ruff format --check src tests bench docs examples scripts
+	$(BIN)/ruff check src tests bench docs examples scripts
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 

@@ -106,8 +106,7 @@ def method_page(paper: Paper, result: dict[str, Any] | None) -> str:
         inspect.getdoc(module) or "",
         "## Use",
         f"```python\n{paper.usage.rstrip()}\n```",
-        "Start it with `cograd launch -n 4 train.py`, or with `torchrun` on several machines: see the "
-        "[start page](../index.md#start-on-one-machine).",
+        STARTS[paper.room],
         "## Recorded result",
         no_result(paper) if result is None else recorded(paper, result),
         "## Run it again",
@@ -116,6 +115,15 @@ def method_page(paper: Paper, result: dict[str, Any] | None) -> str:
         *(_directive(thing) for thing in (entry, *_others(module, entry))),
     ]
     return "\n\n".join(sections) + "\n"
+
+
+STARTS = {
+    "machines": "Start it with `cograd launch -n 4 train.py`, or with `torchrun` on several machines: see the "
+    "[start page](../index.md#start-on-one-machine).",
+    "clients": "It runs in one process. On real nodes the same method runs in a "
+    "[Flower federation](../reference/clients.md#flower).",
+}
+"""How a room's scripts are started."""
 
 
 def _entry(paper: Paper) -> type:

@@ -123,27 +123,30 @@ def client_app(build: Build) -> ClientApp:
     """The `ClientApp` of a federation: one action a task. ``partition-id`` in the node's config numbers the
     client."""
     flower = _flower()
-    app = flower.ClientApp()
+    app: ClientApp = flower.ClientApp()
     party = _Party(build)
 
-    @app.query("hello")  # type: ignore[untyped-decorator]
+    @app.query("hello")
     def hello(message: Message, context: FlowerContext) -> Message:
         number, runner, _ = party.of(context)
         record = flower.ConfigRecord({"client": number, "size": len(runner.clients[number])})
-        return flower.Message(flower.RecordDict({RECORD: record}), reply_to=message)
+        reply: Message = flower.Message(flower.RecordDict({RECORD: record}), reply_to=message)
+        return reply
 
-    @app.train("task")  # type: ignore[untyped-decorator]
+    @app.train("task")
     def task(message: Message, context: FlowerContext) -> Message:
-        return flower.Message(flower.RecordDict({RECORD: party.run(message, context)}), reply_to=message)
+        record = party.run(message, context)
+        reply: Message = flower.Message(flower.RecordDict({RECORD: record}), reply_to=message)
+        return reply
 
     return app
 
 
 def server_app(build: Build) -> ServerApp:
     """The `ServerApp` of a federation."""
-    app = _flower().ServerApp()
+    app: ServerApp = _flower().ServerApp()
 
-    @app.main()  # type: ignore[untyped-decorator]
+    @app.main()
     def main(grid: Grid, context: FlowerContext) -> None:
         with one_thread():
             Server(build(context), grid).run()
@@ -204,7 +207,7 @@ class _Party:
         well."""
         flower = _flower()
         number, runner, session = self.of(context)
-        record = message.content[RECORD]
+        record: Any = message.content[RECORD]
         frame = Frame.unpack(record["frame"], session)
         runner = replace(runner, sizes=json.loads(record["sizes"]))
         schema = Schema.from_bytes(record["schema"])
@@ -220,7 +223,7 @@ class _Party:
 
 
 def _state(context: FlowerContext) -> State:
-    record = context.state.get(RECORD)
+    record: Any = context.state.get(RECORD)
     if record is None:
         return {}
     return {**tensors_of(record["tensors"]), **json.loads(record["scalars"])}
@@ -335,7 +338,9 @@ class Server:
             }
         )
         content = self.flower.RecordDict({RECORD: record})
-        return self.flower.Message(content, self.nodes[send.to], "train.task", group_id=str(number))
+        node, group = self.nodes[send.to], str(number)
+        message: Message = self.flower.Message(content, node, "train.task", group_id=group)
+        return message
 
     def received(self, message: Message, client: int, task: str, number: int) -> Event:
         """What a reply says; `Lost` for an error, or for one that is not finite."""
@@ -343,7 +348,7 @@ class Server:
         if message.has_error():
             reason = f"round {number}: client {client} (node {node}) failed: {message.error.reason}"
             return Lost(client, task, number, reason)
-        record = message.content[RECORD]
+        record: Any = message.content[RECORD]
         frame = Frame.unpack(record["frame"], self.id, number)
         self.sent["up"] += len(frame.payload)
         figures = json.loads(record["figures"])
@@ -388,7 +393,7 @@ class Server:
         node = message.metadata.src_node_id
         if message.has_error():
             raise RuntimeError(f"node {node} cannot take part: {message.error.reason}")
-        record = message.content[RECORD]
+        record: Any = message.content[RECORD]
         client, size = int(record["client"]), int(record["size"])
         if client in self.nodes:
             raise RuntimeError(f"nodes {self.nodes[client]} and {node} both have partition-id {client}")
