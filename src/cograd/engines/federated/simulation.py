@@ -275,17 +275,15 @@ class Simulation:
     def _ask(self) -> None:
         """Have all clients that are to be asked do their tasks, and their replies on the way.
 
-        What fails raises before anything is counted or kept.
+        What fails raises before anything is counted or kept; the same can be tried again.
         """
         if not self.sends:
             return
-        with one_thread():
-            jobs = self._jobs(self.sends)
-            results = self._execute(jobs)
-        failed = next((done.error for done in results if done.error is not None), None)
-        if failed is not None:
-            raise ClientError(failed)
-        events = [self._event(done) for done in results]
+        try:
+            jobs, results, events = self._run()
+        except BaseException:  # an answer that is still to come must not be taken for that of a later job
+            self._dismiss()
+            raise
         self.between_rounds = False
         for job, done, event in zip(jobs, results, events, strict=True):
             self._account(job, done)
@@ -309,14 +307,17 @@ class Simulation:
             jobs.append(Job(send.to, send.task, number, key, *packed[key], self.states[send.to]))
         return jobs
 
-    def _execute(self, jobs: Sequence[Job]) -> list[Done]:
+    def _run(self) -> tuple[list[Job], list[Done], list[Reply | Lost]]:
+        """Pack what is to be sent, run the tasks, unpack the answers."""
         if self._executor is None:
             self._executor = Forked(self.runner, self._workers) if self._workers else Here(self.runner)
-        try:
-            return self._executor.run(jobs)
-        except BaseException:  # an answer that is still to come must not be taken for that of a later job
-            self._dismiss()
-            raise
+        with one_thread():
+            jobs = self._jobs(self.sends)
+            results = self._executor.run(jobs)
+        failed = next((done.error for done in results if done.error is not None), None)
+        if failed is not None:
+            raise ClientError(failed)
+        return jobs, results, [self._event(done) for done in results]
 
     def _dismiss(self) -> None:
         if self._executor is not None:
