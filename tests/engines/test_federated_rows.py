@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from clients.quadratics import DIM, centres, clients_at, simulation
-
 from cograd.clients.baselines import FedAvg
 from cograd.engines.federated import LocalSGD, Uniform
 
