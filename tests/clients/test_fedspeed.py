@@ -249,8 +249,8 @@ def test_batchnorm_sees_each_minibatch_once():
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"prox": -0.1}, "prox must be >= 0; got -0.1"),
-        ({"rho": -1}, "rho must be >= 0; got -1"),
+        ({"prox": -0.1}, "prox must be >= 0 and finite; got -0.1"),
+        ({"rho": -1}, "rho must be >= 0 and finite; got -1"),
         ({"alpha": 1.5}, r"alpha must be in \[0, 1\]; got 1.5"),
         ({"alpha": -0.5}, r"alpha must be in \[0, 1\]; got -0.5"),
         ({"rule": "some"}, "rule must be one of all, active; got 'some'"),
