@@ -128,9 +128,7 @@ def test_a_reply_that_is_not_finite_is_refused(value):
 
 @pytest.mark.parametrize("workers", [0, 2])
 def test_or_excluded_with_the_state_that_came_with_it(workers):
-    with simulation(
-        Faulty(LOCAL, does="nan"), sampler=Everyone(), nonfinite="exclude", workers=workers
-    ) as sim:
+    with simulation(Faulty(LOCAL, does="nan"), sampler=Everyone(), nonfinite="exclude", workers=workers) as sim:
         rows = sim.run(2)
         after = sim.server["x"].clone()
         rows = sim.run(3)

@@ -239,7 +239,7 @@ def test_a_clients_report_is_in_its_rounds_row():
 
 
 def test_buffers_are_refused_local_or_averaged():
-    with pytest.raises(ValueError, match="16 floating buffers.*buffers='local'.*buffers='mean'"):
+    with pytest.raises(ValueError, match=r"16 floating buffers.*buffers='local'.*buffers='mean'"):
         simulation(kind="norm")
     local = simulation(FedAvg(LOCAL), kind="norm", buffers="local", sampler=Everyone())
     local.run(1)
