@@ -36,7 +36,8 @@ class Clients(Sequence[ClientData]):
         test_parts: who holds what of the test set.
 
     Each client's rows are laid out one after another, so its tensors are views. Raises ValueError for a client
-    that holds nothing, for partitions of another number of clients, and for targets of another length.
+    that holds nothing, for partitions of another number of clients or of rows that are not there, and for
+    targets of another length.
     """
 
     def __init__(
@@ -85,15 +86,17 @@ def matching(labels: Tensor, train_labels: Tensor, parts: Partition, seed: int) 
     Every test row goes to exactly one client, classes apart: a class's rows are cut at the clients' cumulative
     shares of that class. Raises ValueError for a class of the test set that no client has.
     """
-    classes = labels.unique()
+    classes, codes = torch.cat([train_labels, labels]).unique(return_inverse=True)
+    mine, tested = codes[: len(train_labels)], codes[len(train_labels) :]
+    counts = torch.stack([mine[part].bincount(minlength=len(classes)) for part in parts.parts])
     held: list[list[Tensor]] = [[] for _ in range(len(parts))]
-    for label in classes.tolist():
-        counts = torch.tensor([int((train_labels[part] == label).sum()) for part in parts.parts])
-        rows = (labels == label).nonzero()[:, 0]
-        if not int(counts.sum()):
+    for code in tested.unique().tolist():
+        label, ends = int(classes[code]), counts[:, code].cumsum(0).double()
+        if not ends[-1]:
             raise ValueError(f"labels must hold classes of the training set only; {label} is held by no client")
+        rows = (tested == code).nonzero()[:, 0]
         rows = rows[stream(seed, "test split", label).permutation(len(rows))]
-        cuts = (counts.cumsum(0) * len(rows) / counts.sum()).round().long()[:-1]
+        cuts = (ends * len(rows) / ends[-1]).round().long()[:-1]
         for client, piece in enumerate(rows.tensor_split(cuts)):
             held[client].append(piece)
     ascending = tuple(torch.cat(pieces).sort().values for pieces in held)
@@ -101,6 +104,13 @@ def matching(labels: Tensor, train_labels: Tensor, parts: Partition, seed: int) 
 
 
 def _by_client(whole: Images | Table, parts: Partition) -> list[tuple[Tensor, Tensor]]:
+    if len(whole.x) != len(whole.y):
+        raise ValueError(f"x and y must be of one length; got {len(whole.x)} and {len(whole.y)}")
+    for client, part in enumerate(parts.parts):
+        if len(part) and not 0 <= int(part[0]) <= int(part[-1]) < len(whole.y):
+            raise ValueError(
+                f"parts must name rows of 0 .. {len(whole.y) - 1}; client {client} holds row {int(part[-1])}"
+            )
     order = torch.cat(parts.parts)
     sizes = list(parts.sizes)
     return list(zip(whole.x[order].split(sizes), whole.y[order].split(sizes), strict=True))

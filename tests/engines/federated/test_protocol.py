@@ -112,7 +112,7 @@ def test_whom_it_may_not_ask_is_named(to):
 
 
 def test_after_a_resumption_it_waits_for_what_is_to_be_sent():
-    method, server, _its, actions = begun()
+    method, server, _, actions = begun()
     fresh = session()
     method.resumed(server, fresh, [], [a for a in actions if isinstance(a, Send)])
     for client in (0, 1):

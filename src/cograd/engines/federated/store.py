@@ -8,7 +8,7 @@ import shutil
 import tempfile
 import weakref
 from collections import OrderedDict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +34,7 @@ class StateStore:
         self._memory: OrderedDict[int, tuple[State, int]] = OrderedDict()
         self._held = 0
         self._folder: Path | None = None
+        self._remove: Callable[[], object] | None = None
         self._files: dict[int, int] = {}
 
     def __getitem__(self, client: int) -> State:
@@ -79,14 +80,14 @@ class StateStore:
 
     def close(self) -> None:
         """Remove what lies on disk; it cannot be read any more."""
-        if self._folder is not None:
-            _remove(self._folder, os.getpid())
-        self._folder = None
+        if self._remove is not None:
+            self._remove()
+        self._folder = self._remove = None
 
     def _path(self, client: int) -> Path:
         if self._folder is None:
             self._folder = Path(tempfile.mkdtemp(prefix="cograd-clients-"))
-            weakref.finalize(self, _remove, self._folder, os.getpid())
+            self._remove = weakref.finalize(self, _remove, self._folder, os.getpid())
         return self._folder / f"{client}.safetensors"
 
 
