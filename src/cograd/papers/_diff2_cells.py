@@ -18,6 +18,7 @@ from cograd import data
 from cograd.core.streams import seed_for, stream
 from cograd.engines.exchange import GradientError
 from cograd.machines.diff2 import BVRLocalSGD, Diff2, Diff2Plan, GDRoutine
+from cograd.machines.diff2.routines import Routine
 from cograd.papers._diff2_runs import (
     Problem,
     Regression,
@@ -39,7 +40,7 @@ FRACTIONS = {10: "DIFF2, T = R/10", 3: "DIFF2, T = R/3", 1: "DIFF2, T = R"}
 
 # What is varied. A setting: rounds, restart interval, step size, clip, diff_clip.
 
-Setting = tuple[int, int, float, float, float]
+Setting = tuple[float, ...]
 
 
 @dataclass(frozen=True)
@@ -84,22 +85,26 @@ class Task:
     epsilon: float
     release: str = "aggregate"
 
-    def plan(self, setting: Setting, seed: int = 0) -> Diff2Plan:
-        rounds, every, lr, clip, diff_clip = setting
+    def plan(self, setting: Setting, seed: int) -> Diff2Plan:
+        rounds, every, lr, clip, diff_clip, *local = setting
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # the card's delta is 1e-5 for every n, 1e5 included
             return Diff2Plan(
-                rounds=rounds,
-                restart_every=every,
+                rounds=int(rounds),
+                restart_every=int(every),
                 epsilon=self.epsilon,
                 delta=DELTA,
                 clip=clip,
                 diff_clip=diff_clip,
                 records=self.records,
-                routine=GDRoutine(lr),
+                routine=_routine(lr, *local),
                 release=self.release,  # type: ignore[arg-type]  # one of the two
                 seed=seed,
             )
+
+
+def _routine(lr: float, steps: float = 1, batch: float = 1, clip: float = 1.0) -> Routine:
+    return BVRLocalSGD(lr, int(batch), int(steps), clip) if steps > 1 else GDRoutine(lr)
 
 
 def task_of(cell: Cell) -> Task:
@@ -147,20 +152,25 @@ def adult(seed: int, share: int = 1) -> Softplus:
 
 def compute(cell: Cell, report: Report) -> Record:
     """Mean and last squared gradient norm, and last losses, of every setting of the cell."""
-    if cell["part"] in ("replay", "local"):
-        return {"replay": replay, "local": local}[cell["part"]](cell)
+    if cell["part"] == "replay":
+        return replay(cell)
     task, settings = task_of(cell), [tuple(s) for s in cell["settings"]]
     numel = len(task.problem.start)
     noise = stream_noise(numel, cell["seed"], "diff2 runs")
     found: dict[int, Record] = {}
-    for rounds in sorted({s[0] for s in settings}):
-        report(f"{rounds} rounds")
-        places = [i for i, s in enumerate(settings) if s[0] == rounds]
+    for kind in sorted({_kind(s) for s in settings}):
+        report(f"{kind[0]} rounds")
+        places = [i for i, s in enumerate(settings) if _kind(s) == kind]
         for batch in (places[i : i + cell["batch"]] for i in range(0, len(places), cell["batch"])):
-            plans = [task.plan(settings[i]) for i in batch]
+            plans = [task.plan(settings[i], cell["seed"]) for i in batch]
             trace = descend(task.problem, plans, noise, cell["looks"])
             found |= {i: _summary(trace, row) for row, i in enumerate(batch)}
     return {"runs": [found[i] for i in range(len(settings))]}
+
+
+def _kind(setting: Setting) -> Setting:
+    """What settings that run side by side have in common: rounds, local steps and their batch."""
+    return (setting[0], *setting[5:7])
 
 
 def _summary(trace: Trace, row: int) -> Record:
@@ -199,42 +209,3 @@ def replay(cell: Cell) -> Record:
 
 def squared(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
     return torch.square(model(x).squeeze(-1) - y) / 2
-
-
-def local(cell: Cell) -> Record:
-    """BVR-L-SGD by `Diff2` on the regression, for the settings (rounds, local steps, step size) of the cell."""
-    features, targets = regression(cell["seed"], cell["width"])
-    workers = [(features[i : i + 1000], targets[i : i + 1000]) for i in range(0, 4000, 1000)]
-    runs = []
-    for rounds, steps, lr in cell["settings"]:
-        model = nn.Linear(6, 1, bias=False)
-        nn.init.zeros_(model.weight)
-        plan = Diff2Plan(
-            rounds=rounds,
-            restart_every=max(2, rounds // 3),
-            epsilon=cell["epsilon"],
-            delta=DELTA,
-            clip=cell["clip"],
-            diff_clip=cell["diff_clip"],
-            records=[1000] * 4,
-            routine=BVRLocalSGD(lr, BATCH, steps, cell["diff_clip"]),
-            release="aggregate",
-            seed=cell["seed"],
-        )
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # a grid holds unstable plans, too
-            diff2 = Diff2(model, squared, workers, plan)
-        squares = []
-        with suppress(GradientError):  # the iterate escaped
-            for _ in range(rounds):
-                diff2.step()
-                squares.append(_square(features, targets, diff2.x))
-        squares += [1e30] * (rounds - len(squares))
-        work = sum(diff2.ledger.worked("grad", w) for w in range(4)) / 4000
-        runs.append({"mean": mean(squares), "last": squares[-1], "work": work, "bytes": diff2.ledger.sent()})
-    return {"runs": runs}
-
-
-def _square(features: Tensor, targets: Tensor, w: Tensor) -> float:
-    value = float(((features @ w - targets) @ features / len(targets)).square().sum())
-    return value if math.isfinite(value) else 1e30
