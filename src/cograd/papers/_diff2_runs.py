@@ -234,7 +234,7 @@ def descend(problem: Problem, plans: Sequence[Diff2Plan], noise: Noise, looks: i
 
 
 class _Routine:
-    """The plans' routine side by side, with `Diff2`'s own draws for local steps: those of the first plan's seed,
+    """The plans' routine side by side. Local steps have `Diff2`'s own draws, those of the first plan's seed,
     which selects the same worker for all."""
 
     def __init__(self, problem: Problem, plans: Sequence[Diff2Plan]) -> None:
