@@ -170,8 +170,10 @@ class Diff2Plan:
     def _local_multiplier(self) -> float:
         """The smallest z_3 (to 1.4 %) with which no worker exceeds epsilon."""
         others = self._share_of_rho * (1 + (self.differences() > 0))
-        counts = (n * self.routine.local_releases for n in self.selections())
-        local = tuple(zip(counts, self.records, strict=True))
+        most: dict[int, int] = {}  # of workers with as many records, the one selected most spends most
+        for records, rounds in zip(self.records, self.selections(), strict=True):
+            most[records] = max(most.get(records, 0), rounds * self.routine.local_releases)
+        local = tuple(most.items())
         return _smallest_local(self.epsilon, self.delta, others, self.routine.local_batch, local)
 
     def spent(self, rounds: int | None = None, worker: int = 0) -> PrivacySpent:
@@ -246,12 +248,12 @@ def _smallest_local(
     epsilon: float, delta: float, others: float, batch: int, local: tuple[tuple[int, int], ...]
 ) -> float:
     """The smallest multiplier with which no worker exceeds epsilon, where its full-batch releases spend the rho
-    ``others``. ``local``: how many releases each worker makes, over ``batch`` of how many records."""
+    ``others``. ``local``: a worker's records and how many releases over ``batch`` of them it makes."""
     whole = Releases(1, math.sqrt(1 / (2 * others)))
     low, high = -2.0, 14.0  # of log2: epsilon falls as the multiplier grows
     while high - low > 0.02:
         middle = (low + high) / 2
-        releases = (Releases(count, 2.0**middle, batch, records) for count, records in local)
+        releases = (Releases(count, 2.0**middle, batch, records) for records, count in local)
         spent = max(PrivacySpent((whole, one), delta).epsilon() for one in releases)
         low, high = (low, middle) if spent <= epsilon else (middle, high)
     return float(2.0**high)

@@ -53,7 +53,8 @@ class SingleMerging:
         ledger: counts every rank's messages; a new one if not given.
 
     What travels are trainable parameters and BatchNorm's running statistics; after the final merge,
-    `recalibrate` estimates those anew. Optimizer state stays here. A group of one trains alone.
+    `recalibrate` estimates those anew. Optimizer state stays here. A group of one trains alone. With NCCL every
+    rank's current CUDA device must be its own (``torch.cuda.set_device``).
 
     Memory in a round: the message, one more for each peer drawn, and the sum in float32 or wider.
 

@@ -93,7 +93,7 @@ def description(model: nn.Module) -> str:
 
 def _hash(tensor: Tensor) -> str:
     values = tensor.cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
-    return hashlib.blake2b(values, digest_size=8).hexdigest()
+    return hashlib.blake2b(values.tobytes(), digest_size=8).hexdigest()
 
 
 def check_finite(states: Mapping[int, State]) -> None:
