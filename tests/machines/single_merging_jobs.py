@@ -255,6 +255,36 @@ def other_settings_on_rank_3(ctx: Context) -> dict[str, Any]:
     return {"said": raised(lambda: SingleMerging(model, schedule=Schedule.single_merge(5), mixing=mixing))}
 
 
+def other_model_on_rank_3(ctx: Context, what: str) -> dict[str, Any]:
+    """The trainable parameters are the same on all ranks; what else there is, is not."""
+    model = models_of(ctx, normed)[0]
+    if what == "frozen":
+        model[0].bias.requires_grad_(False)  # type: ignore[union-attr]
+        with torch.no_grad():
+            model[0].bias[7] += ctx.rank == 3  # type: ignore[index, operator]
+    elif ctx.rank == 3:
+        model[1] = nn.BatchNorm1d(30, track_running_stats=False).double()  # type: ignore[index]
+    return {"said": raised(lambda: SingleMerging(model, schedule=Schedule.single_merge(5)))}
+
+
+def posts(ctx: Context) -> list[list[str]]:
+    """The messages of each rank's rounds of pairwise matching, by the call that posted them."""
+    _, optimizer, attached = attach(ctx, variant="pairwise")
+    seen: list[list[str]] = []
+    batch_of = torch.distributed.batch_isend_irecv
+
+    def spied(operations: Any) -> Any:
+        seen.append([operation.op.__name__ for operation in operations])
+        return batch_of(operations)
+
+    torch.distributed.batch_isend_irecv = spied
+    try:
+        train(attached.model, optimizer, ctx.rank, range(ROUNDS * LOCAL_STEPS))
+    finally:
+        torch.distributed.batch_isend_irecv = batch_of
+    return seen
+
+
 def refused(ctx: Context) -> dict[str, str]:
     """What is not taken, before any training; and what happens after the last round."""
     from torch.distributed.device_mesh import init_device_mesh

@@ -122,6 +122,24 @@ def test_all_ranks_refuse_other_settings_on_one(pool: Pool) -> None:
     assert "seed=9" in said[0]
 
 
+@pytest.mark.parametrize(
+    ("what", "named"), [("frozen", "frozen 0.bias "), ("statistics", "1.running_mean torch.float64 (30,)")]
+)
+def test_all_ranks_refuse_what_differs_beside_the_trainable_parameters(
+    pool: Pool, what: str, named: str
+) -> None:
+    said = [rank["said"] for rank in pool("other_model_on_rank_3", what=what)]
+    assert all(text.startswith("SchemaError: rank ") for text in said)
+    assert all(named in text for text in said)
+
+
+def test_two_ranks_that_hear_each_other_post_both_messages_as_one(pool: Pool) -> None:
+    """On NCCL a receive that is posted before the send to the same rank blocks it."""
+    rounds = [posted for rank in pool("posts") for posted in rank]
+    assert rounds
+    assert all(posted == ["irecv", "isend"] for posted in rounds)
+
+
 def test_what_cannot_work_is_refused(pool: Pool) -> None:
     said = pool("refused")[0]
     assert said["ddp"].startswith("TypeError: the model must not be in DistributedDataParallel")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -11,9 +12,9 @@ import torch
 from torch import Tensor, nn
 
 from cograd.core.streams import stream
-from cograd.machines import Diff2, Diff2Plan, GDRoutine
+from cograd.machines import BVRLocalSGD, Diff2, Diff2Plan, GDRoutine
 from cograd.machines.diff2.clipping import PerRecord
-from cograd.papers._diff2_cells import METHOD, Grid
+from cograd.papers._diff2_cells import LOCAL, METHOD, Grid, cost
 from cograd.papers._diff2_runs import Regression, Softplus, Valley, descend, noise_of_diff2, stream_noise
 from cograd.papers.diff2 import _slope
 
@@ -88,6 +89,25 @@ def test_runs_side_by_side_are_those_of_diff2(kind: str) -> None:
         torch.testing.assert_close(trace.x[run], diff2.x, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("kind", ["regression", "softplus"])
+@pytest.mark.filterwarnings("ignore:plan.stability")
+def test_local_steps_side_by_side_are_those_of_diff2_and_cost_what_it_counts(kind: str) -> None:
+    routines = [BVRLocalSGD(0.1, 8, 4, 2.0), BVRLocalSGD(0.2, 8, 4, 0.5)]
+    plans = [plan(routine=routines[0], seed=3), plan(routine=routines[1], restart_every=2, clip=0.5, seed=3)]
+    _, of = problem(kind)
+    trace = descend(of, plans, noise_of_diff2(plans[0], len(of.start)), looks=1)
+    for run, one in enumerate(plans):
+        model, of = problem(kind)
+        workers = [(of.features[i : i + 20], of.targets[i : i + 20]) for i in (0, 20, 40)]
+        diff2 = Diff2(model, squared, workers, one)
+        for _ in range(one.rounds):
+            diff2.step()
+        torch.testing.assert_close(trace.x[run], diff2.x, rtol=1e-4, atol=1e-5)
+        evaluations, sent = cost(one)
+        assert diff2.ledger.sent() == 4 * sent * diff2.space.numel
+        assert sum(diff2.ledger.worked("grad", w) for w in range(3)) == pytest.approx(60 * evaluations)
+
+
 def test_the_valley_is_its_formula_and_smooth() -> None:
     valley = Valley(stream(0, "centre").normal(5))
     x = torch.linspace(-1, 1, 5).requires_grad_()
@@ -110,7 +130,33 @@ def test_the_loss_of_a_regression_is_counted_from_its_minimum() -> None:
 
 
 def test_a_grid_and_a_slope() -> None:
-    grid = Grid((10, 30), (0.1,), (1.0,), (2.0, 3.0))
+    grid = Grid((10, 30), (0.1,), (1.0,), (2.0, 3.0), (10, 3, 1), (4, 8), (16,), (5.0,))
     assert grid.settings("DP-GD") == [(10, 1, 0.1, 1.0, 1.0), (30, 1, 0.1, 1.0, 1.0)]
-    assert {s[:2] for s in grid.settings(METHOD)} == {(10, 2), (10, 3), (10, 10), (30, 3), (30, 10), (30, 30)}
+    found = grid.settings(METHOD)
+    assert {s[:2] for s in found} == {(10, 2), (10, 3), (10, 10), (30, 3), (30, 10), (30, 30)}
+    assert len(found) == len(set(found)) == 12
+    local = grid.settings(LOCAL)
+    assert {s[:5] for s in local} == set(found)
+    assert {s[5:] for s in local} == {(4, 16, 5.0), (8, 16, 5.0)}
     assert _slope([1.0, 2.0, 3.0], [2.0, 4.0, 6.0]) == pytest.approx(2)
+
+
+@pytest.mark.parametrize(
+    ("setting", "ends"),
+    [
+        ((30, 1, 0.3, 2.0, 2.0), []),
+        ((30, 1, 0.1, 4.0, 4.0), ["lr", "clip"]),
+        ((30, 10, 0.3, 2.0, 8.0), ["diff_clip"]),
+        ((10, 10, 0.3, 2.0, 6.0), ["rounds"]),
+        ((100, 100, 0.3, 2.0, 6.0), ["rounds"]),
+        ((30, 3, 0.3, 2.0, 6.0), ["restart interval"]),
+        ((30, 10, 0.3, 2.0, 6.0, 2, 32, 5.0), []),
+        ((30, 10, 0.3, 2.0, 6.0, 8, 64, 9.0), ["local clip", "local steps", "local batch"]),
+    ],
+)
+def test_ends_of_a_grid_are_open_where_there_is_more(setting: Any, ends: list[str]) -> None:
+    grid = Grid((10, 30, 100), (0.1, 0.3, 1.0), (1.0, 2.0, 4.0), (4.0, 6.0, 8.0), (10, 1))
+    grid = replace(grid, steps=(2, 4, 8), batches=(16, 32, 64), local_clips=(3.0, 5.0, 9.0))
+    assert grid.open_ends(setting) == ends
+    capped = replace(grid, capped=True).open_ends(setting)
+    assert capped == [end for end in ends if end != "rounds" or setting[0] == 10]

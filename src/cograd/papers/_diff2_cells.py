@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import math
 import warnings
 from collections.abc import Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from itertools import product
-from statistics import mean
 from typing import TYPE_CHECKING
 
 import torch
@@ -16,8 +13,8 @@ from torch import Tensor, nn
 
 from cograd import data
 from cograd.core.streams import seed_for, stream
-from cograd.engines.exchange import GradientError
 from cograd.machines.diff2 import BVRLocalSGD, Diff2, Diff2Plan, GDRoutine
+from cograd.machines.diff2.routines import Routine
 from cograd.papers._diff2_runs import (
     Problem,
     Regression,
@@ -37,37 +34,77 @@ DP_GD, METHOD, LOCAL, UNSTABLE = "DP-GD", "DIFF2", "DIFF2, BVR-L-SGD", "DIFF2, u
 PER_MESSAGE = {DP_GD: "DP-GD, per message", METHOD: "DIFF2, per message"}
 FRACTIONS = {10: "DIFF2, T = R/10", 3: "DIFF2, T = R/3", 1: "DIFF2, T = R"}
 
-# What is varied. A setting: rounds, restart interval, step size, clip, diff_clip.
+# What is varied.
 
-Setting = tuple[int, int, float, float, float]
+Setting = tuple[float, ...]
+"""Rounds, restart interval, step size, clip, diff_clip; of BVR-L-SGD also local steps, their batch and clip."""
 
 
 @dataclass(frozen=True)
 class Grid:
-    """Settings that both methods are tuned over; DP-GD has no restart interval and no diff_clip."""
+    """Settings that all systems are tuned over. DP-GD has no restart interval and no diff_clip; the local
+    choices are BVR-L-SGD's."""
 
     rounds: Sequence[int]
     lrs: Sequence[float]
     clips: Sequence[float]
     diff_clips: Sequence[float]
-    parts: Sequence[int] = (10, 3, 1)
+    parts: Sequence[int] = (30, 10, 3, 1)
     """Of the rounds, of which the restart interval is one."""
+    steps: Sequence[int] = ()
+    batches: Sequence[int] = ()
+    local_clips: Sequence[float] = ()
+    capped: bool = False
+    """The most rounds are all that there may be, for every system."""
 
     def settings(self, system: str) -> list[Setting]:
         if system in (DP_GD, PER_MESSAGE[DP_GD]):
             return [(r, 1, lr, c, c) for r, lr, c in product(self.rounds, self.lrs, self.clips)]
-        found = product(self.rounds, self.parts, self.lrs, self.clips, self.diff_clips)
-        return [(r, max(2, r // part), lr, c, d) for r, part, lr, c, d in found]
+        blocks = dict.fromkeys((r, max(2, r // part)) for r, part in product(self.rounds, self.parts))
+        local = product(self.steps, self.batches, self.local_clips) if system == LOCAL else [()]
+        found = product(blocks, self.lrs, self.clips, self.diff_clips, local)
+        return [(*block, lr, c, d, *more) for block, lr, c, d, more in found]
+
+    def open_ends(self, setting: Setting) -> list[str]:
+        """What of a setting is the least or the most of the grid, though there is more beyond it.
+
+        There is nothing beyond one local step less than two, a restart interval of 1 (DP-GD) or of all rounds,
+        the cap on rounds, and the only value of a kind.
+        """
+        rounds, every, lr, clip, diff_clip, *local = setting
+        chosen = {"lr": (lr, self.lrs), "clip": (clip, self.clips)}
+        if every > 1:
+            chosen["diff_clip"] = (diff_clip, self.diff_clips)
+        if local:
+            chosen["local clip"] = (local[2], self.local_clips)
+        found = [n for n, (v, of) in chosen.items() if len(of) > 1 and v in (min(of), max(of))]
+        if rounds == min(self.rounds) > 2 or (rounds == max(self.rounds) and not self.capped):
+            found.append("rounds")
+        if every == rounds // max(self.parts) > 2:
+            found.append("restart interval")
+        if local and local[0] == max(self.steps):
+            found.append("local steps")
+        if local and local[1] in (min(self.batches), max(self.batches)):
+            found.append("local batch")
+        return found
 
 
 SIZES, BOUNDS, DIMENSION = (3_000, 10_000, 30_000, 100_000), (20.0, 5.0), 50
 ROUNDS = (10, 30, 100, 300, 1000, 3000)
-WIDTHS, EPSILONS = (3.0, 10.0), (3.0, 1.0)
+WIDTHS, EPSILONS, REGRESSION_RECORDS = (3.0, 10.0), (3.0, 1.0), (1000,) * 4
 REGRESSION = Grid((10, 30, 100, 300), (0.1, 0.3, 1.0), (2.0, 5.0, 10.0, 20.0), (3.0, 6.0, 12.0))
 ADULT_EPSILONS, ADULT_WORKERS, ADULT_TRAIN = (3.0, 5.0), 10, 26_040
 ADULT = Grid((50, 150, 500), (0.1, 0.3, 1.0), (1.0, 3.0, 5.0), (3.0, 10.0, 30.0), (30, 10, 3, 1))
-LOCAL_GRID = tuple(product((10, 30), (4, 16), (0.1, 0.3, 1.0)))  # rounds, local steps, step size
-BATCH = 128
+LOCAL_GRID = Grid(
+    (2, 3, 5, 10, 30),
+    (0.1, 0.3, 1.0),
+    (2.0, 5.0, 10.0, 20.0),
+    (3.0, 6.0, 12.0),
+    (10, 3, 1),
+    (2, 4, 8),
+    (32, 128, 512),
+    (1.0, 3.0, 6.0),
+)
 
 
 def rate_grid(bound: float, rounds: Sequence[int] = ROUNDS) -> Grid:
@@ -84,22 +121,26 @@ class Task:
     epsilon: float
     release: str = "aggregate"
 
-    def plan(self, setting: Setting, seed: int = 0) -> Diff2Plan:
-        rounds, every, lr, clip, diff_clip = setting
+    def plan(self, setting: Setting, seed: int) -> Diff2Plan:
+        rounds, every, lr, clip, diff_clip, *local = setting
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # the card's delta is 1e-5 for every n, 1e5 included
             return Diff2Plan(
-                rounds=rounds,
-                restart_every=every,
+                rounds=int(rounds),
+                restart_every=int(every),
                 epsilon=self.epsilon,
                 delta=DELTA,
                 clip=clip,
                 diff_clip=diff_clip,
                 records=self.records,
-                routine=GDRoutine(lr),
+                routine=_routine(lr, *local),
                 release=self.release,  # type: ignore[arg-type]  # one of the two
                 seed=seed,
             )
+
+
+def _routine(lr: float, steps: float = 1, batch: float = 1, clip: float = 1.0) -> Routine:
+    return BVRLocalSGD(lr, int(batch), int(steps), clip) if steps > 1 else GDRoutine(lr)
 
 
 def task_of(cell: Cell) -> Task:
@@ -111,7 +152,7 @@ def task_of(cell: Cell) -> Task:
         return Task(Valley(centre), [cell["n"] // workers] * workers, 3.0, release)
     if part == "regression":
         features, targets = regression(seed, cell["width"])
-        return Task(Regression(features, targets), [1000] * 4, cell["epsilon"])
+        return Task(Regression(features, targets), REGRESSION_RECORDS, cell["epsilon"])
     return Task(
         adult(seed, cell.get("share", 1)), [ADULT_TRAIN // ADULT_WORKERS] * ADULT_WORKERS, cell["epsilon"]
     )
@@ -147,20 +188,25 @@ def adult(seed: int, share: int = 1) -> Softplus:
 
 def compute(cell: Cell, report: Report) -> Record:
     """Mean and last squared gradient norm, and last losses, of every setting of the cell."""
-    if cell["part"] in ("replay", "local"):
-        return {"replay": replay, "local": local}[cell["part"]](cell)
+    if cell["part"] == "replay":
+        return replay(cell)
     task, settings = task_of(cell), [tuple(s) for s in cell["settings"]]
     numel = len(task.problem.start)
     noise = stream_noise(numel, cell["seed"], "diff2 runs")
     found: dict[int, Record] = {}
-    for rounds in sorted({s[0] for s in settings}):
-        report(f"{rounds} rounds")
-        places = [i for i, s in enumerate(settings) if s[0] == rounds]
+    for kind in sorted({_kind(s) for s in settings}):
+        report(f"{kind[0]} rounds")
+        places = [i for i, s in enumerate(settings) if _kind(s) == kind]
         for batch in (places[i : i + cell["batch"]] for i in range(0, len(places), cell["batch"])):
-            plans = [task.plan(settings[i]) for i in batch]
+            plans = [task.plan(settings[i], cell["seed"]) for i in batch]
             trace = descend(task.problem, plans, noise, cell["looks"])
             found |= {i: _summary(trace, row) for row, i in enumerate(batch)}
     return {"runs": [found[i] for i in range(len(settings))]}
+
+
+def _kind(setting: Setting) -> Setting:
+    """What settings that run side by side have in common: rounds, local steps and their batch."""
+    return (setting[0], *setting[5:7])
 
 
 def _summary(trace: Trace, row: int) -> Record:
@@ -170,6 +216,14 @@ def _summary(trace: Trace, row: int) -> Record:
     last = {name: float(values[-1]) for name, values in losses.items()}
     history = {"at": trace.at, "squares": square.tolist(), "losses": losses["loss"].tolist()}
     return {"mean": float(square.mean()), "last": float(square[-1]), **last, **history}
+
+
+def cost(plan: Diff2Plan) -> tuple[float, int]:
+    """Gradient evaluations a record, and vectors that are sent, of a whole run."""
+    further = plan.rounds * plan.routine.local_releases
+    evaluations = plan.restarts() + 2 * plan.differences()
+    sent = 2 * plan.rounds * (plan.workers + (further > 0))
+    return evaluations + 2 * further * plan.routine.local_batch / sum(plan.records), sent
 
 
 def replay(cell: Cell) -> Record:
@@ -189,52 +243,16 @@ def replay(cell: Cell) -> Record:
     noise = noise_of_diff2(plan, diff2.space.numel)
     trace = descend(task.problem, [plan], noise, looks=1)
     moved = float((trace.x[0] - task.problem.start).norm())
-    itemsize = diff2.x.element_size()
+    evaluations, sent = cost(plan)
+    work = sum(diff2.ledger.worked("grad", worker) for worker in range(plan.workers))
     return {
         "far": float((trace.x[0] - diff2.x).norm()) / moved,
-        "bytes": diff2.ledger.sent() / (2 * plan.rounds * plan.workers * diff2.space.numel * itemsize),
+        "bytes": diff2.ledger.sent() / (sent * diff2.space.numel * diff2.x.element_size()),
+        "evaluations": work / (evaluations * len(targets)),
         "epsilon": diff2.spent().epsilon(),
+        "local": plan.routine.local_releases,
     }
 
 
 def squared(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
     return torch.square(model(x).squeeze(-1) - y) / 2
-
-
-def local(cell: Cell) -> Record:
-    """BVR-L-SGD by `Diff2` on the regression, for the settings (rounds, local steps, step size) of the cell."""
-    features, targets = regression(cell["seed"], cell["width"])
-    workers = [(features[i : i + 1000], targets[i : i + 1000]) for i in range(0, 4000, 1000)]
-    runs = []
-    for rounds, steps, lr in cell["settings"]:
-        model = nn.Linear(6, 1, bias=False)
-        nn.init.zeros_(model.weight)
-        plan = Diff2Plan(
-            rounds=rounds,
-            restart_every=max(2, rounds // 3),
-            epsilon=cell["epsilon"],
-            delta=DELTA,
-            clip=cell["clip"],
-            diff_clip=cell["diff_clip"],
-            records=[1000] * 4,
-            routine=BVRLocalSGD(lr, BATCH, steps, cell["diff_clip"]),
-            release="aggregate",
-            seed=cell["seed"],
-        )
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # a grid holds unstable plans, too
-            diff2 = Diff2(model, squared, workers, plan)
-        squares = []
-        with suppress(GradientError):  # the iterate escaped
-            for _ in range(rounds):
-                diff2.step()
-                squares.append(_square(features, targets, diff2.x))
-        squares += [1e30] * (rounds - len(squares))
-        work = sum(diff2.ledger.worked("grad", w) for w in range(4)) / 4000
-        runs.append({"mean": mean(squares), "last": squares[-1], "work": work, "bytes": diff2.ledger.sent()})
-    return {"runs": runs}
-
-
-def _square(features: Tensor, targets: Tensor, w: Tensor) -> float:
-    value = float(((features @ w - targets) @ features / len(targets)).square().sum())
-    return value if math.isfinite(value) else 1e30

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Protocol
 
@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.nn.functional import softplus
 
 from cograd.core.streams import stream
+from cograd.machines.diff2.noise import StreamNoise
 from cograd.machines.diff2.plan import Diff2Plan
 
 Form = tuple[Tensor, ...]
@@ -42,6 +43,9 @@ class Problem(Protocol):
 
     def losses(self, x: Tensor) -> dict[str, Tensor]:
         """Losses by name at the points x (runs, numel): each (runs,)."""
+
+    def part(self, rows: Tensor) -> Problem:
+        """The problem of these records alone, for its forms and clipped means."""
 
 
 @dataclass(frozen=True)
@@ -73,6 +77,9 @@ class Valley:
         square = (x - self.centre).square()
         return {"loss": (self.heights * square / (1 + square)).sum(1) + 0.01 * x.square().sum(1)}
 
+    def part(self, rows: Tensor) -> Valley:
+        return self
+
 
 @dataclass(frozen=True)
 class Regression:
@@ -99,6 +106,9 @@ class Regression:
     def losses(self, x: Tensor) -> dict[str, Tensor]:
         return {"loss": self.form(x)[0].square().mean(1) / 2 - self._minimum}
 
+    def part(self, rows: Tensor) -> Regression:
+        return Regression(self.features[rows], self.targets[rows])
+
     @cached_property
     def _minimum(self) -> Tensor:
         best = torch.linalg.lstsq(self.features, self.targets[:, None]).solution.T
@@ -110,7 +120,7 @@ class Softplus:
     """A hidden layer of softplus units, one output, squared loss (1/2) (f(x_i) - y_i)^2.
 
     A point is the flat vector of ``Sequential(Linear(F, H), Softplus(), Linear(H, 1))``. The form: each
-    record's error (runs, n), the error times the hidden values, and the error at the hidden layer (runs, n, H).
+    record's error (runs, n), the error times the hidden values, and the error at the hidden layer (runs, H, n).
     """
 
     features: Tensor
@@ -120,53 +130,55 @@ class Softplus:
     start: Tensor
     hidden: int = 10
 
+    @cached_property
+    def _transposed(self) -> Tensor:
+        return self.features.T.contiguous()
+
+    @cached_property
+    def _weights(self) -> Tensor:
+        """1 + |x_i|^2: a record's squared gradient norm in W_1 and b_1, over that at the hidden layer."""
+        return 1 + self.features.square().sum(1)
+
     def _parts(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """W_1 (runs, H, F), b_1 (runs, H), w_2 (runs, H), b_2 (runs,)."""
+        """W_1 (runs H, F), b_1 (runs H, 1), w_2 (runs, 1, H), b_2 (runs, 1)."""
         width, hidden = self.features.shape[1], self.hidden
         first, bias, second, last = x.split([hidden * width, hidden, hidden, 1], dim=1)
-        return first.view(-1, hidden, width), bias, second, last.squeeze(1)
-
-    def _hidden(self, x: Tensor, features: Tensor) -> Tensor:
-        """Before the nonlinearity (runs, n, H)."""
-        first, bias, _, _ = self._parts(x)
-        flat = torch.addmm(bias.reshape(-1), features, first.reshape(-1, features.shape[1]).T)
-        return flat.view(len(features), len(x), self.hidden).transpose(0, 1)
+        return first.reshape(-1, width), bias.reshape(-1, 1), second[:, None], last
 
     def form(self, x: Tensor) -> Form:
-        _, _, second, last = self._parts(x)
-        before = self._hidden(x, self.features)
+        first, bias, second, last = self._parts(x)
+        before = torch.addmm(bias, first, self._transposed).view(len(x), self.hidden, -1)
         after = softplus(before)
-        errors = torch.einsum("rnh,rh->rn", after, second) + last[:, None] - self.targets
-        slopes = before.sigmoid_().mul_(second[:, None, :]).mul_(errors[:, :, None])
-        return errors, after.mul_(errors[:, :, None]), slopes
+        errors = torch.bmm(second, after).squeeze(1) + last - self.targets
+        slopes = before.sigmoid_().mul_(second.transpose(1, 2)).mul_(errors[:, None])
+        return errors, after.mul_(errors[:, None]), slopes
 
     def clipped_mean(self, form: Form, radius: Tensor) -> Tensor:
         errors, outer, inner = form
-        weights = 1 + self.features.square().sum(1)
-        square = outer.square().sum(2) + errors.square() + inner.square().sum(2) * weights
+        square = outer.square().sum(1) + errors.square() + inner.square().sum(1) * self._weights
         factors = _factors(square.sqrt(), radius)
-        scaled = factors[:, :, None] * inner
-        runs, count = errors.shape
-        first = self.features.T @ scaled.transpose(0, 1).reshape(count, -1)
+        scaled, (runs, count) = inner * factors[:, None], errors.shape
         parts = (
-            first.view(-1, runs, self.hidden).permute(1, 2, 0).reshape(runs, -1),
-            scaled.sum(1),
-            torch.einsum("rn,rnh->rh", factors, outer),
+            (scaled.view(-1, count) @ self.features).view(runs, -1),
+            scaled.sum(2),
+            torch.bmm(outer, factors[:, :, None]).squeeze(2),
             (factors * errors).sum(1, keepdim=True),
         )
         return torch.cat(parts, dim=1) / count
 
     def losses(self, x: Tensor) -> dict[str, Tensor]:
-        _, _, second, last = self._parts(x)
+        first, bias, second, last = self._parts(x)
         losses = {}
         for name, features, targets in (
             ("loss", self.features, self.targets),
             ("test loss", self.test_features, self.test_targets),
         ):
-            after = softplus(self._hidden(x, features))
-            outputs = torch.einsum("rnh,rh->rn", after, second) + last[:, None]
-            losses[name] = (outputs - targets).square().mean(1) / 2
+            after = softplus(torch.addmm(bias, first, features.T)).view(len(x), self.hidden, -1)
+            losses[name] = (torch.bmm(second, after).squeeze(1) + last - targets).square().mean(1) / 2
         return losses
+
+    def part(self, rows: Tensor) -> Softplus:
+        return replace(self, features=self.features[rows], targets=self.targets[rows])
 
 
 def _factors(norms: Tensor, radius: Tensor) -> Tensor:
@@ -187,9 +199,10 @@ class Trace:
 
 def descend(problem: Problem, plans: Sequence[Diff2Plan], noise: Noise, looks: int) -> Trace:
     """Run plans of the same number of rounds side by side, each with equal workers, so that the mean over
-    workers is the mean over records. The runs are looked at about ``looks`` times, evenly, the end included."""
+    workers is the mean over records. They have the same number of local releases, over batches of one size. The
+    runs are looked at about ``looks`` times, evenly, the end included."""
     rounds, column = plans[0].rounds, problem.start.new_tensor
-    lr, clip = column([p.routine.lr for p in plans]), column([p.clip for p in plans])
+    routine, clip = _Routine(problem, plans), column([p.clip for p in plans])
     diff_clip = column([p.diff_clip for p in plans])
     sigma1, sigma2 = column([p.sigma1 for p in plans]), column([p.sigma2 for p in plans])
     every = torch.tensor([p.restart_every for p in plans])
@@ -214,10 +227,37 @@ def descend(problem: Problem, plans: Sequence[Diff2Plan], noise: Noise, looks: i
                 change = tuple(a - b for a, b in zip(now, before, strict=True))
                 mean = problem.clipped_mean(change, (diff_clip * distance)[rows])
                 v[rows] += mean + (sigma2 * distance)[rows, None] * unit
-        form_before, x_before, x = form, x, x - lr[:, None] * v
+        form_before, x_before, x = form, x, routine.move(x, v, round)
     seen.append(_look(problem, x, problem.form(x)))
     columns = {name: torch.stack([look[name] for look in seen], dim=1) for name in seen[0]}
     return Trace(at, columns.pop("square"), columns, x)
+
+
+class _Routine:
+    """The plans' routine side by side. Local steps have `Diff2`'s own draws, those of the first plan's seed,
+    which selects the same worker for all."""
+
+    def __init__(self, problem: Problem, plans: Sequence[Diff2Plan]) -> None:
+        self.problem, self.plan, column = problem, plans[0], problem.start.new_tensor
+        self.lr = column([p.routine.lr for p in plans])[:, None]
+        self.clip = column([p.routine.local_clip for p in plans])
+        self.sigma = column([p.sigma3 for p in plans])
+        self.draws = StreamNoise(self.plan.seed)
+
+    def move(self, x: Tensor, v: Tensor, round: int) -> Tensor:
+        """The next points (runs, numel) of the points x and the gradient estimates v."""
+        before, now, w = x, x - self.lr * v, v
+        local = self.plan.routine
+        worker = self.plan.selected(round) if local.local_releases else 0
+        for step in range(1, local.local_releases + 1):
+            rows = self.draws.batch(self.plan.records[worker], local.local_batch, round, worker, step)
+            part = self.problem.part(sum(self.plan.records[:worker]) + rows)
+            distance = (now - before).norm(dim=1)
+            change = tuple(a - b for a, b in zip(part.form(now), part.form(before), strict=True))
+            unit = self.draws.normal(x.shape[1], round, worker, step)
+            w = w + part.clipped_mean(change, self.clip * distance) + (self.sigma * distance)[:, None] * unit
+            before, now = now, now - self.lr * w
+        return now
 
 
 def _select(form: Form, rows: Tensor) -> Form:

@@ -10,6 +10,7 @@ statistics.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import lru_cache
 from itertools import pairwise
@@ -38,7 +39,7 @@ if TYPE_CHECKING:
 
 NODES, ALPHA, SAMPLES, BATCH, LOCAL_STEPS, ROUNDS = 16, 0.1, 256, 32, 10, 100
 LR, DECAY, PEERS = 1e-3, 5e-4, 0.2
-GRID = (3e-4, 1e-3, 3e-3)
+GRID = (3e-4, 1e-3, 3e-3, 1e-2, 3e-2)
 PILOT_SEEDS = (100, 101)
 EVERY = 5
 """Rounds between evaluations."""
@@ -206,7 +207,22 @@ def train_convnet(cell: Cell, report: Report) -> Record:
 
 
 def compute(cell: Cell, report: Report) -> Record:
-    return train_convnet(cell, report) if cell["system"] == CONVNET else train(cell, report)
+    if cell["system"] == CONVNET:
+        return train_convnet(cell, report)
+    with _one_thread():
+        return train(cell, report)
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """For products as small as the MLP's: on a busy machine, threads spend most of the time waiting for one
+    another."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 def cell(system: str, seed: int, init: Init, nodes: int, rounds: int, lr: float = LR) -> dict[str, Any]:
@@ -215,10 +231,10 @@ def cell(system: str, seed: int, init: Init, nodes: int, rounds: int, lr: float 
 
 def run(lab: Lab) -> Findings:
     """``full``: every system from both initialisations, the main ones also at their own best learning rate, and
-    the ConvNets. ``smoke``: 8 nodes for 30 rounds from per-node weights, of which nothing is claimed but what
+    the ConvNets. ``smoke``: 4 nodes for 20 rounds from per-node weights, of which nothing is claimed but what
     is exact."""
     full = lab.scale == "full"
-    nodes, rounds = (NODES, ROUNDS) if full else (8, 30)
+    nodes, rounds = (NODES, ROUNDS) if full else (4, 20)
     inits = INITS if full else INITS[1:]
     systems = SYSTEMS if full else (SINGLE, ALONE, FEDAVG, FIRST, LAST)
     cells = [cell(s, seed, i, nodes, rounds) for i in inits for seed in lab.seeds for s in systems]
@@ -235,13 +251,14 @@ def run(lab: Lab) -> Findings:
             if lr != LR
             for seed in lab.seeds
         ]
-        cells += [cell(CONVNET, seed, "shared", CONV_NODES, CONV_ROUNDS) for seed in lab.seeds]
+        cells += [cell(CONVNET, seed, i, CONV_NODES, CONV_ROUNDS) for i in INITS for seed in lab.seeds]
     runs = Runs(cells, lab.map(cells, compute), lab.seeds)
     claims = [*_exact(runs, nodes), *(c for i in inits for c in _measured(runs, i, asserted=full))]
     if full:
-        claims += [c for i in INITS for c in _tuned(runs, i, tuned)]
-        claims += [*_batch_norm(runs), *_quoted()]
-    return Findings(claims, _table(runs, systems, inits, tuned), _curves(runs, systems, inits, rounds))
+        claims += [c for i in INITS for c in (*_tuned(runs, i, tuned), *_batch_norm(runs, i))]
+        claims += _quoted()
+    table, curves = _table(runs, systems, inits, tuned), _curves(runs, systems, inits, rounds)
+    return Findings(_explained(claims), table, curves)
 
 
 class Runs:
@@ -354,7 +371,6 @@ def _measured(runs: Runs, init: Init, *, asserted: bool) -> list[Claim]:
                 threshold=threshold if claimed else None,
                 threshold_source=threshold_source if claimed else None,
                 unit=unit,
-                reason=REASONS.get(f"{id}.{init}"),
             )
         )
 
@@ -456,8 +472,11 @@ def _windows(runs: Runs, init: Init, fedavg: Sequence[float], claim: Callable[..
             "window.order",
             "share of neighbouring windows of which the later one is better",
             [mean(float(b > a) for a, b in pairwise(curve)) for curve in curves],
-            "Fig. 2a",
-            unit="",
+            "Fig. 2a, 2b",
+            ">=",
+            1,
+            "",
+            "the paper: monotonically",
         )
 
 
@@ -515,23 +534,22 @@ def _tuned(runs: Runs, init: Init, tuned: Mapping[tuple[str, Init], float]) -> l
     ]
 
 
-def _batch_norm(runs: Runs) -> list[Claim]:
+def _batch_norm(runs: Runs, init: Init) -> list[Claim]:
     """Node 0's statistics in the merged model are what a merge of the parameters alone would leave."""
-    records = runs.records(CONVNET, "shared")
+    records = runs.records(CONVNET, init)
     estimated = [float(r["re-estimated"]) for r in records]
 
     def gain(key: str, named: str, asserted: bool) -> Claim:
         return Claim(
-            id=f"batch-norm.{key.replace(' ', '-')}",
-            text=f"Merged BatchNorm ConvNet: what re-estimated statistics gain over {named}",
+            id=f"batch-norm.{key.replace(' ', '-')}.{init}",
+            text=f"{init} initial weights, merged {CONVNET}: what re-estimated statistics gain over {named}",
             source=f"{SOURCE}, merged model of the official code",
             kind="measured",
             values=_minus(estimated, [float(r[key]) for r in records]),
             op=">=" if asserted else None,
-            threshold=3.0 if asserted else None,
-            threshold_source=BEFOREHAND if asserted else None,
+            threshold=5.0 if asserted else None,
+            threshold_source="set before any recorded run, from a pilot run on seed 101" if asserted else None,
             unit="points",
-            reason=REASONS.get(f"batch-norm.{key.replace(' ', '-')}"),
         )
 
     return [gain("node 0", "node 0's", True), gain("averaged", "averaged ones", False)]
@@ -546,8 +564,9 @@ def _quoted() -> list[Claim]:
     return [Claim(f"paper.{key}", text, f"{SOURCE}, {figure}", "reported") for key, text, figure in rows]
 
 
-REASONS: dict[str, str] = {}
-"""Why claims that did not hold in the recorded run did not, by id."""
+def _explained(claims: Sequence[Claim]) -> list[Claim]:
+    """With the reason found, where a claim did not hold in the recorded run."""
+    return [replace(c, reason={}.get(c.id)) if c.holds is False else c for c in claims]
 
 
 def _table(
@@ -567,11 +586,11 @@ def _table(
                 lr = tuned[system, init]
                 rows.append(Row(name, "best lr", "", [lr]))
                 rows.append(Row(name, "merged at best lr", "%", runs.last("merged", system, init, lr)))
-    if runs.has(CONVNET):
-        records = runs.records(CONVNET, "shared")
-        rows.append(Row(CONVNET, "nodes", "%", [float(r["local"]) for r in records]))
-        for key in ("averaged", "node 0", "re-estimated"):
-            rows.append(Row(CONVNET, f"merged, statistics {key}", "%", [float(r[key]) for r in records]))
+        if runs.has(CONVNET):
+            records, name = runs.records(CONVNET, init), f"{CONVNET}, {init}"
+            rows.append(Row(name, "nodes", "%", [float(r["local"]) for r in records]))
+            for key in ("averaged", "node 0", "re-estimated"):
+                rows.append(Row(name, f"merged, statistics {key}", "%", [float(r[key]) for r in records]))
     return rows
 
 

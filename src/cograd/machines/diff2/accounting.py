@@ -113,7 +113,8 @@ class PrivacySpent:
         """Epsilon of the same releases by dp-accounting alone. Needs the extra ``privacy``.
 
         ``zcdp``: its Renyi divergences, by the conversion that the closed form is the minimum of; ``rdp``: by
-        its own, sharper conversion; ``pld``: privacy loss distributions, the tightest (full batches only).
+        its own, sharper conversion; ``pld``: privacy loss distributions, the tightest (full batches only). Of
+        sub-sampled releases this is no independent opinion, since `epsilon` asks the same library.
 
         Raises ValueError for another method, and for ``pld`` where releases are sub-sampled.
         """

@@ -6,7 +6,7 @@ import math
 import warnings
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 from typing import Literal
 
 from cograd.core.streams import stream
@@ -155,21 +155,26 @@ class Diff2Plan:
         return (full, difference, self._local_multiplier if self.routine.local_releases else 0.0)
 
     @property
-    def _full_batch(self) -> tuple[float, float]:
-        """A hair (1e-9) of rho is left, so that no rounding in a sum of epsilons exceeds the budget."""
-        rho = rho_of(self.epsilon, self.delta) * (1 - 1e-9)
+    def _share_of_rho(self) -> float:
+        """What each kind of release may spend. A hair (1e-9) of rho is left, so that no rounding in a sum of
+        epsilons exceeds the budget."""
         kinds = 1 + (self.differences() > 0) + (self.routine.local_releases > 0)
-        return math.sqrt(self.restarts() * kinds / rho / 2), math.sqrt(self.differences() * kinds / rho / 2)
+        return rho_of(self.epsilon, self.delta) * (1 - 1e-9) / kinds
 
-    @cached_property
+    @property
+    def _full_batch(self) -> tuple[float, float]:
+        rho = self._share_of_rho
+        return math.sqrt(self.restarts() / rho / 2), math.sqrt(self.differences() / rho / 2)
+
+    @property
     def _local_multiplier(self) -> float:
         """The smallest z_3 (to 1.4 %) with which no worker exceeds epsilon."""
-        low, high = -2.0, 14.0  # of log2: epsilon falls as z_3 grows
-        while high - low > 0.02:
-            middle = (low + high) / 2
-            spent = max(self._spent(self.rounds, w, 2.0**middle).epsilon() for w in range(self.workers))
-            low, high = (low, middle) if spent <= self.epsilon else (middle, high)
-        return float(2.0**high)
+        others = self._share_of_rho * (1 + (self.differences() > 0))
+        most: dict[int, int] = {}  # of workers with as many records, the one selected most spends most
+        for records, rounds in zip(self.records, self.selections(), strict=True):
+            most[records] = max(most.get(records, 0), rounds * self.routine.local_releases)
+        local = tuple(most.items())
+        return _smallest_local(self.epsilon, self.delta, others, self.routine.local_batch, local)
 
     def spent(self, rounds: int | None = None, worker: int = 0) -> PrivacySpent:
         """What the first ``rounds`` rounds (default: all) release of a worker's records.
@@ -236,3 +241,19 @@ class Diff2Plan:
         lr = self.routine.lr if lr is None else lr
         outer = self.restart_every * numel * (lr * self.sigma2) ** 2
         return max(outer, self.routine.local_releases * numel * (lr * self.sigma3) ** 2)
+
+
+@lru_cache(maxsize=1024)
+def _smallest_local(
+    epsilon: float, delta: float, others: float, batch: int, local: tuple[tuple[int, int], ...]
+) -> float:
+    """The smallest multiplier with which no worker exceeds epsilon, where its full-batch releases spend the rho
+    ``others``. ``local``: a worker's records and how many releases over ``batch`` of them it makes."""
+    whole = Releases(1, math.sqrt(1 / (2 * others)))
+    low, high = -2.0, 14.0  # of log2: epsilon falls as the multiplier grows
+    while high - low > 0.02:
+        middle = (low + high) / 2
+        releases = (Releases(count, 2.0**middle, batch, records) for records, count in local)
+        spent = max(PrivacySpent((whole, one), delta).epsilon() for one in releases)
+        low, high = (low, middle) if spent <= epsilon else (middle, high)
+    return float(2.0**high)

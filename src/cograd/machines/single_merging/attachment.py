@@ -53,7 +53,8 @@ class SingleMerging:
         ledger: counts every rank's messages; a new one if not given.
 
     What travels are trainable parameters and BatchNorm's running statistics; after the final merge,
-    `recalibrate` estimates those anew. Optimizer state stays here. A group of one trains alone.
+    `recalibrate` estimates those anew. Optimizer state stays here. A group of one trains alone. With NCCL every
+    rank's current CUDA device must be its own (``torch.cuda.set_device``).
 
     Memory in a round: the message, one more for each peer drawn, and the sum in float32 or wider.
 
@@ -186,11 +187,7 @@ class SingleMerging:
         merging.count_pulls(self.ledger, rows, self.round, self._wire.size)
         received = {peer: self._wire.empty() for peer, _ in mine[1:]}
         message = self._wire.packed(self._state) if receivers else None
-        pending = [self._post(dist.irecv, buffer, peer) for peer, buffer in received.items()]
-        if message is not None:
-            pending += [self._post(dist.isend, message, node) for node in receivers]
-        for work in pending:
-            work.wait()
+        self._exchange(received, {} if message is None else dict.fromkeys(receivers, message))
         states = {peer: self._wire.views(buffer) for peer, buffer in received.items()}
         if mine or receivers:
             self._check_finite({self.rank: self._state, **states})
@@ -205,10 +202,18 @@ class SingleMerging:
                 },
             )
 
-    def _post(self, operation: Any, buffer: Tensor, peer: int) -> Any:
+    def _exchange(self, received: dict[int, Tensor], sent: dict[int, Tensor]) -> None:
+        """Point-to-point messages by rank, all posted as one: on NCCL two ranks that draw each other would
+        wait for ever if each posted its receive first."""
         group = self.transport.group
         assert group is not None
-        return operation(buffer, dist.get_global_rank(group, peer), group=group, tag=self.round % 2**31)
+        operations = [
+            dist.P2POp(post, buffer, dist.get_global_rank(group, peer), group, self.round % 2**31)
+            for post, buffers in ((dist.irecv, received), (dist.isend, sent))
+            for peer, buffer in buffers.items()
+        ]
+        for work in dist.batch_isend_irecv(operations) if operations else ():
+            work.wait()
 
     def _average(self, state: State) -> None:
         """Replace a state by its mean over all ranks, after all have said that theirs is finite."""
@@ -257,8 +262,10 @@ class SingleMerging:
     # Agreement and checkpoints.
 
     def _agree(self) -> None:
-        """Compare model and settings with the other ranks."""
-        schema = self.space.schema(self._plan(), next(iter(self._state.values())).dtype)
+        """Compare model and settings with the other ranks: also what is not in the space of parameters, the
+        BatchNorm statistics that travel and the frozen parameters that do not."""
+        held = f"{self._plan()}, {merging.description(self.model)}"
+        schema = self.space.schema(held, next(iter(self._state.values())).dtype)
         mine = schema.to_bytes()
         for rank, theirs in enumerate(self.transport.all_gather_bytes(mine)):
             if bytes(theirs) != mine:

@@ -8,6 +8,7 @@ merged model, and averaged along in gossip: running means and variances of Batch
 from __future__ import annotations
 
 import copy
+import hashlib
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -80,6 +81,19 @@ def check_alike(models: Sequence[nn.Module]) -> ParamSpace:
                     f"frozen parameters must be the same on all nodes; {name!r} of node {node} is not"
                 )
     return ParamSpace.of(models[0])
+
+
+def description(model: nn.Module) -> str:
+    """What `check_alike` compares, in words: shared tensors by name, type and shape, and frozen parameters by a
+    hash of their values."""
+    travels = [f"{name} {t.dtype} {tuple(t.shape)}" for name, t in shared(model).items()]
+    frozen = [f"{n} {_hash(p.detach())}" for n, p in model.named_parameters() if not p.requires_grad]
+    return f"shared {'; '.join(travels)}, frozen {'; '.join(frozen) or 'none'}"
+
+
+def _hash(tensor: Tensor) -> str:
+    values = tensor.cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
+    return hashlib.blake2b(values.tobytes(), digest_size=8).hexdigest()
 
 
 def check_finite(states: Mapping[int, State]) -> None:
