@@ -566,7 +566,7 @@ def _quoted() -> list[Claim]:
 
 def _explained(claims: Sequence[Claim]) -> list[Claim]:
     """With the reason found, where a claim did not hold in the recorded run."""
-    return [replace(c, reason={}.get(c.id)) if c.holds is False else c for c in claims]
+    return [replace(c, reason=dict[str, str]().get(c.id)) if c.holds is False else c for c in claims]
 
 
 def _table(
