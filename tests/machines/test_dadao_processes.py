@@ -209,15 +209,17 @@ def test_a_state_of_a_run_with_other_settings_is_refused(name: str) -> None:
     assert torch.equal(node.state_dict()["state"], before["state"])
 
 
-def test_the_refused_one_is_told_why() -> None:
+def test_the_refused_one_is_told_why(monkeypatch: pytest.MonkeyPatch) -> None:
     one, other = with_other("L"), jobs.member(1, "cycle", 50.0)
     clock = Virtual([one, other, jobs.member(2, "cycle", 50.0), jobs.member(3, "cycle", 50.0)])
+    sent = []
+    monkeypatch.setattr(clock, "_at", lambda when, rank, sender, what: sent.append((rank, sender, what)))
     for net, node in zip(clock._nets, clock.actors, strict=True):
         node.start(net)
     ask = struct.pack("<Bd8s", 0, 0.5, one._setting)
     with pytest.raises(ValueError, match=r"node 0 has another graph, .* than node 1"):
         other.receive(clock._nets[1], 0, ask)
-    answer = next(what for *_, rank, sender, what in clock._queue if (rank, sender) == (0, 1))
+    answer = next(what for rank, sender, what in sent if (rank, sender) == (0, 1))
     with pytest.raises(ValueError, match=r"node 1 has another graph, .* than node 0"):
         one.receive(clock._nets[0], 1, answer)
 
