@@ -234,7 +234,6 @@ import torch
 from cograd import data
 from cograd.clients import FedSpeed
 from cograd.engines.federated import Bernoulli, LocalSGD, Simulation
-
 train, test = data.load("mnist-5k"), data.load("mnist-5k", "test")
 clients = data.Clients(train, data.dirichlet(train.y, parties=100, alpha=0.1, seed=0))
 model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(784, 10))
