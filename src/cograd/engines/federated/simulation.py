@@ -422,7 +422,7 @@ class Simulation:
             work=dict(self.tally.work),
             seconds=self.tally.seconds,
             before=reports.pop("before", None),
-            reports={**reports, **self.session.reports},
+            reports={**reports, **{name: float(value) for name, value in self.session.reports.items()}},
             lost=self._lost,
             **measured,
         )
