@@ -359,6 +359,17 @@ def test_a_bare_vector_has_no_loss():
         Simulation(FedAvg(LOCAL), torch.zeros(3), nn.functional.mse_loss, clients())
 
 
+def test_a_client_does_one_thing_at_a_time():
+    """Its second task would not see the state that the first one left."""
+
+    class Greedy(FedAvg):
+        def next(self, server, event, session):
+            return [Send(client, "train", {"x": server["x"]}) for client in (1, 2, 1)]
+
+    with pytest.raises(RuntimeError, match=r"round 0: a client may be asked one thing at a time; .* \[1, 2, 1\]"):
+        simulation(Greedy(LOCAL)).run(1)
+
+
 def test_a_methods_means_name_who_sent_another_shape():
     with pytest.raises(ValueError, match=r"'d' of client 4 must have shape \(3,\); got \(2,\)"):
         mean_of({1: {"d": torch.ones(3)}, 4: {"d": torch.ones(2)}}, "d")
