@@ -91,6 +91,19 @@ def test_what_the_caller_had_set_is_left_alone():
     assert torch.get_num_threads() == threads
 
 
+def test_a_task_finds_the_model_as_it_was_at_the_start():
+    @dataclass
+    class Curious(FedAvg):
+        def train(self, state, content, data, ctx):
+            found = ctx.model.theta.clone()
+            return {"found": found, "random": torch.rand(3)}, super().train(state, content, data, ctx)[1]
+
+    sim = simulation(Curious(LOCAL), sampler=Everyone(), test=clients(1)[0])
+    sim.run(2)
+    assert all(torch.equal(sim.states[c]["found"], sim.session.initial) for c in range(6))
+    assert len({tuple(sim.states[c]["random"].tolist()) for c in range(6)}) == 6
+
+
 def test_a_state_that_is_the_model_itself_is_copied():
     @dataclass
     class Careless(FedAvg):
@@ -227,15 +240,16 @@ def test_a_clients_report_is_in_its_rounds_row():
     @dataclass
     class Reporting(FedAvg):
         def train(self, state, content, data, ctx):
-            ctx.report("client", float(ctx.client))
+            ctx.report("client", torch.tensor(float(ctx.client)))  # a number, in the end
             return super().train(state, content, data, ctx)
 
         def close(self, server, replies, session):
-            session.reports["asked"] = len(replies)
+            session.reports["asked"] = torch.tensor(len(replies))
             super().close(server, replies, session)
 
     rows = simulation(Reporting(LOCAL), sampler=Everyone()).run(2)
     assert [row.reports for row in rows] == [{"client": 2.5, "asked": 6}] * 2
+    assert all(type(value) is float for value in rows[0].reports.values())
 
 
 def test_buffers_are_refused_local_or_averaged():
@@ -343,6 +357,17 @@ def test_bad_arguments_are_named(change, message):
 def test_a_bare_vector_has_no_loss():
     with pytest.raises(TypeError, match="a module and its loss, or a vector and None"):
         Simulation(FedAvg(LOCAL), torch.zeros(3), nn.functional.mse_loss, clients())
+
+
+def test_a_client_does_one_thing_at_a_time():
+    """Its second task would not see the state that the first one left."""
+
+    class Greedy(FedAvg):
+        def next(self, server, event, session):
+            return [Send(client, "train", {"x": server["x"]}) for client in (1, 2, 1)]
+
+    with pytest.raises(RuntimeError, match=r"round 0: a client may be asked one thing at a time; .* \[1, 2, 1\]"):
+        simulation(Greedy(LOCAL)).run(1)
 
 
 def test_a_methods_means_name_who_sent_another_shape():

@@ -112,9 +112,8 @@ class LocalModel:
         return place in (self.theta.untyped_storage().data_ptr(), self._gradient.untyped_storage().data_ptr())
 
     def _mode(self, training: bool) -> None:
-        if (
-            self._training is not training
-        ):  # asking every module at every minibatch would cost a tenth of the time
+        # asking every module at every minibatch would cost a small model a tenth of its time
+        if self._training is not training:
             self.module.train(training)
             self._training = training
 

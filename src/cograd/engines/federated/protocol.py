@@ -54,11 +54,11 @@ class ClientContext:
 
     def count(self, kind: str, amount: float) -> None:
         """Count work, in the ledger's units: ``grad`` is one gradient of one minibatch."""
-        self.work[kind] = self.work.get(kind, 0.0) + amount
+        self.work[kind] = self.work.get(kind, 0.0) + float(amount)
 
     def report(self, name: str, value: float) -> None:
         """Hand a figure to the history, such as the loss of the local training."""
-        self.reports[name] = value
+        self.reports[name] = float(value)
 
 
 Task: TypeAlias = Callable[[State, Content, Any, ClientContext], tuple[State, Content]]

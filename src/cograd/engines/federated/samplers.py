@@ -10,7 +10,10 @@ from cograd.core.streams import stream
 
 
 class Sampler(Protocol):
-    """``sampler(round, clients, seed)``: numbers of the clients drawn, ascending and at least one."""
+    """``sampler(round, clients, seed)``: numbers of the clients drawn, ascending and at least one.
+
+    A server asks for the next round when one is over, so that one round more is drawn than is run.
+    """
 
     def __call__(self, round: int, clients: int, seed: int) -> list[int]: ...
 

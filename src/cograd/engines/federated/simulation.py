@@ -298,6 +298,9 @@ class Simulation:
     def _jobs(self, sends: Sequence[Send]) -> list[Job]:
         packed: dict[int, tuple[Schema, bytes]] = {}
         jobs, number, wire = [], self.server["round"], self.runner.down
+        if len({send.to for send in sends}) < len(sends):
+            to = [send.to for send in sends]
+            raise RuntimeError(f"round {number}: a client may be asked one thing at a time; asked are {to}")
         context = Context(self.session.seed, number, len(self.clients))
         for send in sends:
             key = id(send.content)
@@ -422,7 +425,7 @@ class Simulation:
             work=dict(self.tally.work),
             seconds=self.tally.seconds,
             before=reports.pop("before", None),
-            reports={**reports, **self.session.reports},
+            reports={**reports, **{name: float(value) for name, value in self.session.reports.items()}},
             lost=self._lost,
             **measured,
         )

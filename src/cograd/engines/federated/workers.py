@@ -128,7 +128,8 @@ class Runner:
         return {n: t.to(device, copy=True) if isinstance(t, Tensor) else t for n, t in state.items()}
 
     def _prepare(self, kept: State, content: Content, job: Job) -> None:
-        """Whatever a task could find left over from another is set: buffers, and torch's random numbers."""
+        """Whatever a task could find left over from another is set: vector, buffers, torch's random numbers."""
+        self.model.at(self.initial)
         self.model.restart()
         if self.buffers == "local" and self.fresh_buffers is not None:
             self.model.buffers = kept.get(BUFFERS, self.fresh_buffers)
