@@ -112,7 +112,7 @@ def measure(rounds: int) -> dict[str, dict[str, float | None]]:
         extra = grown(use)
         value = None if extra is None else extra / one
         figures[f"memory of the {name} / D"] = {"value": value, "bar": None}
-        whole = None if value is None else int(value)
+        whole = None if value is None else int(value + 0.01)  # the system counts whole pages
         figures[f"temporaries of size D, {name}"] = {"value": whole, "bar": TEMPORARIES}
     return figures
 

@@ -861,6 +861,12 @@ def test_fetchsgd_masking_and_checkpoint() -> None:
     assert bool((first.state["momentum"][sent] == 0).all())
     second.load_state_dict(first.state_dict())
     assert torch.equal(run(second, range(3, 6)), expected)
+    other = FetchSGD(40, 5, masking=True, seed=1)
+    other.bind(ParamSpace({"w": (200,)}), 1, 0)
+    with pytest.raises(
+        ValueError, match=r"the state's settings is FetchSGD\(.*seed=0\); this run's is .*seed=1"
+    ):
+        other.load_state_dict(first.state_dict())
 
 
 # Bad input.

@@ -37,7 +37,7 @@ LOW = (0.02, 0.05, 0.1, 0.2, 0.5)
 """Smaller ones, for systems whose best step is not inside the grid."""
 FETCH = {
     "step": (*LOW, 1.0, 2.0),
-    "k": (2, 8, 32, 128),
+    "k": (1, 2, 8, 32, 128),
     "momentum": (0.0, 0.9),
     "masking": (False, True),
 }
@@ -625,6 +625,8 @@ def draw(result: dict[str, Any], path: Path) -> None:
         axes[1].set(
             xscale="log", yscale="log", xlabel="rows b of the sketch", ylabel="error of the recovered image"
         )
+        axes[1].minorticks_off()
+        axes[1].set_xticks(leak["x"], [f"{rows:g}" for rows in leak["x"]])
         axes[1].legend(fontsize=7)
         levels = ("epsilon 1", "epsilon 4", "infinite epsilon")
         colours = ("#444444", "#1b6ca8", "#2a9d8f")

@@ -22,7 +22,7 @@ from cograd.core.codecs import tensor_of
 from cograd.core.message import Payload, Schema
 from cograd.core.space import ParamSpace
 from cograd.engines.ddp import Attachment
-from cograd.machines.linear_sketch.sketch import Sketch
+from cograd.machines.linear_sketch.sketch import Sketch, refuse_other
 
 
 class FetchSGD:
@@ -132,12 +132,14 @@ class FetchSGD:
         return {
             "round": self.round,
             "space": self.space.digest,
+            "settings": repr(self),
             **{k: v.clone() for k, v in self.state.items()},
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         if state["space"] != self.space.digest:
             raise ValueError("the state is of a model with other parameters (names, order or shapes differ)")
+        refuse_other(state, {"settings": repr(self)})
         self.round = int(state["round"])
         for slot, tables in self.state.items():
             tables.copy_(state[slot])
