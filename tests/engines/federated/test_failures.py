@@ -11,6 +11,7 @@ import torch
 
 from cograd.clients.baselines import FedAvg
 from cograd.engines.federated import ClientError, Everyone, NotFinite
+from cograd.engines.federated.protocol import all_finite
 from cograd.engines.federated.workers import Forked
 from engines.federated.support import LOCAL, Faulty, digest, same, simulation
 
@@ -141,12 +142,14 @@ def test_or_excluded_with_the_state_that_came_with_it(workers):
     assert torch.equal(after, without.server["x"])
 
 
-def test_large_replies_whose_sum_overflows_are_finite():
-    sim = simulation(Faulty(LOCAL, does="3.3e38"), sampler=Everyone())
-    sim.run(1)
-    sim.method.does = "-3.3e38"
-    sim.run(2)
-    assert sim.history[1].lost == {}
+def test_finite_is_finite_even_where_the_sum_overflows():
+    large = torch.full((4,), 3e38)
+    assert all_finite(
+        {"x": large, "half": torch.full((9,), 6e4, dtype=torch.float16), "n": torch.ones(2).long()}
+    )
+    assert all_finite({"none": torch.zeros(0)})
+    for value in (float("nan"), float("inf"), -float("inf")):
+        assert not all_finite({"fine": large, "x": torch.tensor([1.0, value, 3e38, 3e38])})
 
 
 def test_a_reply_of_another_shape_is_named():

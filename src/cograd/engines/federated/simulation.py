@@ -4,8 +4,8 @@
     for row in sim.rounds(60):
         print(row.round, row.accuracy, row.up, row.down)
 
-The same seed gives the same numbers whatever the number of worker processes: every client runs on one thread,
-draws from its own streams, and replies are taken in the order of the clients' numbers.
+The same seed gives the same numbers whatever the number of worker processes: server and clients run on one
+thread each, a client draws from its own streams, and replies are taken in the order of the clients' numbers.
 """
 
 from __future__ import annotations
@@ -216,11 +216,12 @@ class Simulation:
     def advance(self, limit: float = math.inf) -> Row | None:
         """Run to the end of the next round; None if nothing is left to happen up to the tick ``limit``."""
         began = time.monotonic()
-        try:
-            ended = self._advance(limit)
-        finally:
-            self.tally.seconds += time.monotonic() - began
-        return self._row() if ended else None
+        with one_thread():
+            try:
+                ended = self._advance(limit)
+            finally:
+                self.tally.seconds += time.monotonic() - began
+            return self._row() if ended else None
 
     def _advance(self, limit: float) -> bool:
         """Whether a round has ended."""
@@ -314,9 +315,8 @@ class Simulation:
         """Pack what is to be sent, run the tasks, unpack the answers."""
         if self._executor is None:
             self._executor = Forked(self.runner, self._workers) if self._workers else Here(self.runner)
-        with one_thread():
-            jobs = self._jobs(self.sends)
-            results = self._executor.run(jobs)
+        jobs = self._jobs(self.sends)
+        results = self._executor.run(jobs)
         failed = next((done.error for done in results if done.error is not None), None)
         if failed is not None:
             raise ClientError(failed)
