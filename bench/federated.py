@@ -41,7 +41,7 @@ from torch.func import functional_call, grad, stack_module_state, vmap
 from cograd import data
 from cograd.clients.baselines import FedAvg
 from cograd.core.streams import stream
-from cograd.engines.federated import LocalSGD, Simulation, Uniform
+from cograd.engines.federated import Clients, LocalSGD, Simulation, Uniform
 
 CLIENTS, SHARE, SEED = 100, 0.1, 0
 CORES = os.cpu_count() or 1
@@ -66,7 +66,7 @@ class Federation:
         train, test = data.load("mnist"), data.load("mnist", "test")
         assert isinstance(train, data.Images)
         assert isinstance(test, data.Images)
-        self.clients = data.Clients(train, data.iid(len(train), CLIENTS, SEED))
+        self.clients = Clients(train, data.iid(len(train), CLIENTS, SEED))
         self.test, self.rounds = test, rounds
         self.sampler = Uniform(SHARE)
         self.participants = [self.sampler(r, CLIENTS, SEED) for r in range(rounds)]

@@ -27,7 +27,7 @@ from cograd.clients.fedfix import (
     schedule,
 )
 from cograd.clients.fedfix.schedule import Scheme
-from cograd.engines.federated import LocalSGD, NoReplies, Session, Simulation, State, Uniform
+from cograd.engines.federated import Clients, LocalSGD, NoReplies, Session, Simulation, State, Uniform
 
 F80 = response_times("F-80", 10)
 CENTRES = centres(10)
@@ -67,9 +67,9 @@ def test_the_simulation_follows_the_schedule(scheme: Scheme, scenario: str) -> N
 # Special cases
 
 
-def mnist(clients: int = 4) -> data.Clients:
+def mnist(clients: int = 4) -> Clients:
     whole = data.load("mnist-5k", "train")
-    return data.Clients(whole, data.dirichlet(whole.y[:600], clients, 0.3, seed=1, equal=False))
+    return Clients(whole, data.dirichlet(whole.y[:600], clients, 0.3, seed=1, equal=False))
 
 
 def weights_after(method: Any, rounds: int, times: list[float]) -> Tensor:

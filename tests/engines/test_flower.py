@@ -20,7 +20,7 @@ from torch import nn
 from cograd import data
 from cograd.clients import FedSpeed
 from cograd.clients.baselines import FedAvg
-from cograd.engines.federated import LocalSGD, Simulation
+from cograd.engines.federated import Clients, LocalSGD, Simulation
 from cograd.engines.flower import Federation
 from cograd.models.mlp import MLP
 
@@ -149,7 +149,7 @@ def simulated(method) -> Simulation:
         method(LocalSGD(lr=0.1, epochs=1, batch_size=20)),
         MLP(784, 32, 10),
         nn.functional.cross_entropy,
-        data.Clients(train, data.dirichlet(train.y, CLIENTS, 0.3, 0)),
+        Clients(train, data.dirichlet(train.y, CLIENTS, 0.3, 0)),
         test=test,
     )
     sim.run(ROUNDS)

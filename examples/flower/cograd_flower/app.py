@@ -15,7 +15,7 @@ from flwr.app import Context
 from cograd import data
 from cograd.clients import FedSpeed
 from cograd.clients.baselines import FedAvg
-from cograd.engines.federated import LocalSGD, Row, State
+from cograd.engines.federated import ClientData, Clients, LocalSGD, Row, State
 from cograd.engines.flower import Federation, client_app, server_app
 from cograd.models.mlp import MLP
 
@@ -33,9 +33,9 @@ def build(context: Context) -> Federation:
     config = context.run_config
     clients, seed = int(config["clients"]), int(config["seed"])
 
-    def load(partition: int) -> data.ClientData:
+    def load(partition: int) -> ClientData:
         train = data.load("mnist-5k")
-        return data.Clients(train, data.dirichlet(train.y, clients, 0.3, seed))[partition]
+        return Clients(train, data.dirichlet(train.y, clients, 0.3, seed))[partition]
 
     def note(row: Row, state: State) -> None:
         if config["history"]:

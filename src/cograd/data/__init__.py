@@ -10,7 +10,6 @@ sets; `digest` says which bytes a set was read from. `iid`, `dirichlet`, `shards
 `Partition`, whose report is a `Heterogeneity`; `batches` is an epoch's shuffled mini-batches.
 """
 
-from cograd.data.clients import ClientData, Clients, matching
 from cograd.data.files import DataDamaged, DataUnavailable
 from cograd.data.kinds import DataSet, Graph, Images, Problem, Records, Sentence, Table, Tagged, Text
 from cograd.data.loading import Info, digest, load, names
@@ -25,8 +24,6 @@ from cograd.data.partition import (
 )
 
 __all__ = [
-    "ClientData",
-    "Clients",
     "DataDamaged",
     "DataSet",
     "DataUnavailable",
@@ -47,7 +44,6 @@ __all__ = [
     "dirichlet",
     "iid",
     "load",
-    "matching",
     "names",
     "shards",
 ]

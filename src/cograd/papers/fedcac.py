@@ -405,10 +405,10 @@ USAGE = """\
 import torch
 from cograd import data
 from cograd.clients import FedCAC
-from cograd.engines.federated import LocalSGD, Simulation
+from cograd.engines.federated import Clients, LocalSGD, Simulation, matching
 train, test = data.load("mnist-5k"), data.load("mnist-5k", "test")
 parts = data.dirichlet(train.y, parties=20, alpha=0.1, seed=0)
-clients = data.Clients(train, parts, test, data.matching(test.y, train.y, parts, seed=0))
+clients = Clients(train, parts, test, matching(test.y, train.y, parts, seed=0))
 model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(784, 10))
 method = FedCAC(LocalSGD(lr=0.1, epochs=2, batch_size=20), tau=0.5, beta=6)
 print(Simulation(method, model, torch.nn.functional.cross_entropy, clients, personal=True).run(3)[-1])

@@ -314,9 +314,9 @@ USAGE = """\
 import torch
 from cograd import data
 from cograd.clients.fedfix import Every, FedFix, response_times
-from cograd.engines.federated import LocalSGD, Simulation
+from cograd.engines.federated import Clients, LocalSGD, Simulation
 train, times = data.load("mnist-5k"), response_times("F-80", 10)
-clients = data.Clients(train, data.dirichlet(train.y, parties=10, alpha=0.1, seed=0))
+clients = Clients(train, data.dirichlet(train.y, parties=10, alpha=0.1, seed=0))
 model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(784, 10))
 method = FedFix(LocalSGD(lr=0.1, steps=5), Every(0.5), times)
 sim = Simulation(method, model, torch.nn.functional.cross_entropy, clients, response_time=times)

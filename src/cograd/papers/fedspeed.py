@@ -233,9 +233,9 @@ USAGE = """\
 import torch
 from cograd import data
 from cograd.clients import FedSpeed
-from cograd.engines.federated import Bernoulli, LocalSGD, Simulation
+from cograd.engines.federated import Bernoulli, Clients, LocalSGD, Simulation
 train, test = data.load("mnist-5k"), data.load("mnist-5k", "test")
-clients = data.Clients(train, data.dirichlet(train.y, parties=100, alpha=0.1, seed=0))
+clients = Clients(train, data.dirichlet(train.y, parties=100, alpha=0.1, seed=0))
 model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(784, 10))
 method = FedSpeed(LocalSGD(lr=0.1, epochs=5, batch_size=10), prox=0.1, rho=0.1)
 sim = Simulation(method, model, torch.nn.functional.cross_entropy, clients, sampler=Bernoulli(0.1), test=test)

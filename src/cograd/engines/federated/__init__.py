@@ -1,5 +1,6 @@
 """Federated clients and their server: the protocol, and the engine that simulates it in one process."""
 
+from cograd.data.clients import ClientData, Clients, matching
 from cograd.engines.federated.local import LocalModel
 from cograd.engines.federated.protocol import (
     Action,
@@ -33,7 +34,9 @@ __all__ = [
     "Available",
     "Bernoulli",
     "ClientContext",
+    "ClientData",
     "ClientError",
+    "Clients",
     "Content",
     "Cyclic",
     "Event",
@@ -56,6 +59,7 @@ __all__ = [
     "Task",
     "Timer",
     "Uniform",
+    "matching",
     "mean_of",
     "sizes_of",
 ]

@@ -86,7 +86,7 @@ class Simulation:
         model: a module, whose trainable parameters are what is shared; it belongs to the simulation from then
             on. Or a vector, for methods that need no module.
         loss: mean loss of outputs and targets; None with a vector.
-        clients: what each client holds, for example `cograd.data.Clients`; every entry must have a length > 0.
+        clients: what each client holds, for example `Clients`; every entry must have a length > 0.
         sampler: who takes part in a round.
         seed: of everything that is drawn.
         workers: processes forked to run clients; 0 runs them in this one, None takes one a core.
