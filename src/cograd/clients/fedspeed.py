@@ -31,6 +31,7 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import Optimizer, ParamsT
 
+from cograd.core.checks import check
 from cograd.engines.federated.protocol import (
     ClientContext,
     Content,
@@ -261,13 +262,11 @@ def _norm(tensors: Sequence[Tensor]) -> float:
 
 
 def _check(prox: float, rho: float, alpha: float) -> None:
-    for name, value, allowed, fine in (
+    check(
         ("prox", prox, ">= 0 and finite", 0 <= prox < math.inf),
         ("rho", rho, ">= 0 and finite", 0 <= rho < math.inf),
         ("alpha", alpha, "in [0, 1]", 0 <= alpha <= 1),
-    ):
-        if not fine:
-            raise ValueError(f"{name} must be {allowed}; got {value!r}")
+    )
 
 
 def fed_prox(local: LocalSGD, prox: float = 0.1) -> FedSpeed:

@@ -25,6 +25,7 @@ from safetensors.torch import load as tensors_of
 from safetensors.torch import save as bytes_of
 from torch import Tensor, nn
 
+from cograd.core.checks import check
 from cograd.core.codecs import Codec, Context, Float32
 from cograd.core.message import Frame, Schema, session_id
 from cograd.engines.federated.local import LocalModel, Loss
@@ -93,15 +94,13 @@ class Federation:
     on_round: Callable[[Row, State], None] | None = None
 
     def __post_init__(self) -> None:
-        for name, value, allowed, fine in (
+        check(
             ("clients", self.clients, ">= 1", self.clients >= 1),
             ("rounds", self.rounds, ">= 1", self.rounds >= 1),
             ("timeout", self.timeout, "> 0 or None", self.timeout is None or self.timeout > 0),
             ("patience", self.patience, "> 0", self.patience > 0),
             ("buffers", self.buffers, "refuse or local", self.buffers in ("refuse", "local")),
-        ):
-            if not fine:
-                raise ValueError(f"{name} must be {allowed}; got {value!r}")
+        )
 
     def local(self) -> LocalModel:
         """The model as a function of a vector. Raises ValueError for buffers that are refused."""

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from cograd.clients.baselines.fedavg import FedAvg
+from cograd.core.checks import check
 from cograd.engines.federated.protocol import State
 
 RULES = ("adam", "yogi", "adagrad")
@@ -45,13 +46,11 @@ class FedAdam(FedAvg):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name, value, allowed, fine in (
+        check(
             ("beta2", self.beta2, "in [0, 1]", 0 <= self.beta2 <= 1),
             ("tau", self.tau, "> 0 and finite", 0 < self.tau < math.inf),
             ("rule", self.rule, f"one of {', '.join(RULES)}", self.rule in RULES),
-        ):
-            if not fine:
-                raise ValueError(f"{name} must be {allowed}; got {value!r}")
+        )
 
     def step(self, server: State, change: Tensor) -> None:
         v = self._second(server.get("v", torch.full_like(change, self.tau**2)), change.square())

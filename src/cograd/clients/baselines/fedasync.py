@@ -15,6 +15,7 @@ from typing import Any
 from torch import Tensor
 
 from cograd.clients.baselines._concurrent import Concurrent
+from cograd.core.checks import check
 from cograd.engines.federated.protocol import ClientContext, Content, State
 from cograd.engines.federated.training import LocalSGD
 
@@ -36,13 +37,11 @@ class FedAsync(Concurrent):
     prox: float = 0.005
 
     def __post_init__(self) -> None:
-        for name, value, allowed, fine in (
+        check(
             ("mix", self.mix, "in (0, 1]", 0 < self.mix <= 1),
             ("exponent", self.exponent, ">= 0", self.exponent >= 0),
             ("prox", self.prox, ">= 0", self.prox >= 0),
-        ):
-            if not fine:
-                raise ValueError(f"{name} must be {allowed}; got {value}")
+        )
 
     def train(self, state: State, content: Content, data: Any, ctx: ClientContext) -> tuple[State, Content]:
         x = content["x"]

@@ -15,6 +15,7 @@ from typing import Any
 from torch import Tensor
 
 from cograd.clients.baselines._concurrent import Concurrent
+from cograd.core.checks import check
 from cograd.engines.federated.protocol import ClientContext, Content, Session, State
 from cograd.engines.federated.training import LocalSGD
 
@@ -36,13 +37,11 @@ class FedBuff(Concurrent):
     lr: float = 1.0
 
     def __post_init__(self) -> None:
-        for name, value, allowed, fine in (
+        check(
             ("size", self.size, ">= 1", self.size >= 1),
             ("exponent", self.exponent, ">= 0", self.exponent >= 0),
             ("lr", self.lr, "> 0", self.lr > 0),
-        ):
-            if not fine:
-                raise ValueError(f"{name} must be {allowed}; got {value}")
+        )
 
     def start(self, session: Session) -> State:
         if self.size > session.clients:

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from cograd.core.checks import check
 from cograd.data.clients import ClientData
 from cograd.engines.federated.local import minibatches
 from cograd.engines.federated.protocol import ClientContext
@@ -40,7 +41,7 @@ class LocalSGD:
     max_norm: float | None = None
 
     def __post_init__(self) -> None:
-        for name, value, allowed, fine in (
+        check(
             ("lr", self.lr, "> 0 and finite", 0 < self.lr < math.inf),
             ("epochs", self.epochs, ">= 1", self.epochs >= 1),
             ("batch_size", self.batch_size, ">= 1", self.batch_size >= 1),
@@ -49,9 +50,7 @@ class LocalSGD:
             ("weight_decay", self.weight_decay, ">= 0", self.weight_decay >= 0),
             ("decay", self.decay, "in (0, 1]", 0 < self.decay <= 1),
             ("max_norm", self.max_norm, "> 0 or None", self.max_norm is None or self.max_norm > 0),
-        ):
-            if not fine:
-                raise ValueError(f"{name} must be {allowed}; got {value}")
+        )
 
     def rate(self, round: int) -> float:
         """The learning rate of a round."""
