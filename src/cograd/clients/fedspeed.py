@@ -42,7 +42,7 @@ from cograd.engines.federated.protocol import (
     Task,
     mean_of,
 )
-from cograd.engines.federated.training import LocalSGD
+from cograd.engines.federated.training import LocalSGD, clip
 
 RULES = ("all", "active")
 TINY = 1e-7
@@ -100,8 +100,7 @@ class FedSpeed(Synchronous):
 
         def direction(v: Tensor, xb: Tensor, yb: Tensor) -> Tensor:
             g = self.quasi_gradient(v, xb, yb, ctx)
-            if self.local.max_norm is not None:
-                g.mul_((self.local.max_norm / (g.norm() + 1e-6)).clamp_max_(1.0))
+            clip(g, self.local.max_norm)
             return g.add_(v - target, alpha=self.prox) if self.prox else g
 
         delta = self._plain.run(ctx, data, x, direction) - x

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from cograd.clients.baselines.fedper import FedPer
 from cograd.engines.federated.protocol import ClientContext
-from cograd.engines.federated.training import LocalSGD
+from cograd.engines.federated.training import LocalSGD, clip
 
 
 @dataclass
@@ -50,8 +50,7 @@ class FedRep(FedPer):
         def gradient(v: Tensor, x: Tensor, y: Tensor) -> Tensor:
             ctx.count("grad", 1)
             g = ctx.model.gradient(v, x, y).mul_(part)
-            if local.max_norm is not None:
-                g.mul_((local.max_norm / (g.norm() + 1e-6)).clamp_max_(1.0))
+            clip(g, local.max_norm)
             return g.add_(v * part, alpha=local.weight_decay) if local.weight_decay else g
 
         return replace(local, max_norm=None, weight_decay=0.0).run(ctx, data, start, gradient)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
@@ -139,12 +139,3 @@ class _Point(nn.Module):
 
 def _no_loss(outputs: Tensor, targets: Tensor) -> Tensor:
     raise TypeError("this session is on a bare vector: there is no loss")
-
-
-def minibatches(n: int, size: int, epochs: int, draw: Callable[[int], Tensor]) -> Iterator[Tensor]:
-    """Row indices of every minibatch of ``epochs`` passes; ``draw(epoch)`` orders the rows of one of them.
-
-    The last minibatch of a pass is smaller where ``size`` does not divide ``n``.
-    """
-    for epoch in range(epochs):
-        yield from draw(epoch).split(size)

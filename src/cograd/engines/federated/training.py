@@ -5,13 +5,13 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from itertools import chain, count, islice
 
 import torch
 from torch import Tensor
 
 from cograd.core.checks import check
 from cograd.data.clients import ClientData
-from cograd.engines.federated.local import minibatches
 from cograd.engines.federated.protocol import ClientContext
 
 Gradient = Callable[[Tensor, Tensor, Tensor], Tensor]
@@ -62,15 +62,10 @@ class LocalSGD:
 
     def batches(self, ctx: ClientContext, data: ClientData) -> Iterator[tuple[Tensor, Tensor]]:
         """The round's minibatches: the same for every method with this client, round and seed."""
-        n, steps = len(data), self.length(len(data))
-        passes = -(-steps // math.ceil(n / self.batch_size))
-
-        def order(epoch: int) -> Tensor:
-            return ctx.stream("batches", epoch).permutation(n)
-
-        for step, rows in enumerate(minibatches(n, self.batch_size, passes, order)):
-            if step == steps:
-                return
+        n = len(data)
+        orders = (ctx.stream("batches", epoch).permutation(n) for epoch in count())
+        minibatches = chain.from_iterable(order.split(self.batch_size) for order in orders)
+        for rows in islice(minibatches, self.length(n)):
             at = rows.to(data.x.device)
             yield data.x.index_select(0, at), data.y.index_select(0, at)
 
@@ -97,10 +92,15 @@ class LocalSGD:
 
     def step(self, v: Tensor, g: Tensor, lr: float, buffer: Tensor | None = None) -> None:
         """One update of ``v`` in place; overwrites ``g``."""
-        if self.max_norm is not None:
-            g.mul_((self.max_norm / (g.norm() + 1e-6)).clamp_max_(1.0))
+        clip(g, self.max_norm)
         if self.weight_decay:
             g.add_(v, alpha=self.weight_decay)
         if buffer is not None:
             g = buffer.mul_(self.momentum).add_(g)
         v.sub_(g, alpha=lr)
+
+
+def clip(g: Tensor, max_norm: float | None) -> None:
+    """Scale ``g`` down in place to a 2-norm of at most ``max_norm``; None leaves it."""
+    if max_norm is not None:
+        g.mul_((max_norm / (g.norm() + 1e-6)).clamp_max_(1.0))
