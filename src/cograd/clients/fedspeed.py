@@ -35,7 +35,6 @@ from cograd.core.checks import check
 from cograd.engines.federated.protocol import (
     ClientContext,
     Content,
-    Send,
     Session,
     State,
     Synchronous,
@@ -131,10 +130,6 @@ class FedSpeed(Synchronous):
             server["h"] = torch.zeros_like(session.initial)  # the mean of all clients' h
         return server
 
-    def ask(self, server: State, session: Session) -> Sequence[Send]:
-        content = {"x": server["x"]}
-        return [Send(client, "train", content) for client in session.select(server["round"])]
-
     def close(self, server: State, replies: Mapping[int, Content], session: Session) -> None:
         change = mean_of(replies, "delta")
         x = server["x"] + change
@@ -143,10 +138,6 @@ class FedSpeed(Synchronous):
             x += server["h"]
         server["x"] = x
         server["round"] += 1
-
-    def model(self, server: State) -> Tensor:
-        x: Tensor = server["x"]
-        return x
 
 
 class ProxCorrectedSAM(Optimizer):

@@ -119,7 +119,3 @@ class Concurrent(Method):
         server["origin"][clients] = server["round"]
         content = {"x": server["x"]}
         return [Send(client, "train", content) for client in clients]
-
-    def model(self, server: State) -> Tensor:
-        x: Tensor = server["x"]
-        return x

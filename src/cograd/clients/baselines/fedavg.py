@@ -8,7 +8,7 @@ Its special cases here: ``server_momentum`` (FedAvgM), and FedProx, FedSAM, FedD
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,7 +17,6 @@ from torch import Tensor
 from cograd.engines.federated.protocol import (
     ClientContext,
     Content,
-    Send,
     Session,
     State,
     Synchronous,
@@ -61,10 +60,6 @@ class FedAvg(Synchronous):
     def start(self, session: Session) -> State:
         return {"round": 0, "x": session.initial.clone()}
 
-    def ask(self, server: State, session: Session) -> Sequence[Send]:
-        content = {"x": server["x"]}
-        return [Send(client, "train", content) for client in session.select(server["round"])]
-
     def close(self, server: State, replies: Mapping[int, Content], session: Session) -> None:
         self.step(server, mean_of(replies, "delta", sizes_of(replies, session) if self.weighted else None))
 
@@ -77,7 +72,3 @@ class FedAvg(Synchronous):
             server["velocity"] = change
         server["x"] = server["x"].add(change, alpha=self.lr)
         server["round"] += 1
-
-    def model(self, server: State) -> Tensor:
-        x: Tensor = server["x"]
-        return x

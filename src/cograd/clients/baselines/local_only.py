@@ -38,11 +38,6 @@ class LocalOnly(Synchronous):
     def close(self, server: State, replies: Mapping[int, Content], session: Session) -> None:
         server["round"] += 1
 
-    def model(self, server: State) -> Tensor:
-        """The model from which everybody started."""
-        x: Tensor = server["x"]
-        return x
-
     def personal(self, server: State, client: State, number: int) -> Tensor:
         w: Tensor = client["w"] if "w" in client else server["x"]
         return w

@@ -76,7 +76,3 @@ class Scaffold(Synchronous):
         share = len(replies) / session.clients
         server["c"] = server["c"].add(mean_of(replies, "change"), alpha=share)
         server["round"] += 1
-
-    def model(self, server: State) -> Tensor:
-        x: Tensor = server["x"]
-        return x

@@ -28,6 +28,7 @@ from cograd.engines.federated.protocol import (
     State,
     Task,
     Timer,
+    sum_of,
 )
 from cograd.engines.federated.simulation import TICKS
 from cograd.engines.federated.training import LocalSGD
@@ -231,8 +232,8 @@ class FedFix(Method):
         server["taken"][taken] += 1
         weights, scale = self._weights_now(server, taken, session)
         if taken:
-            deltas = {client: server.pop(f"delta.{client}") for client in taken}
-            server["x"] = server["x"].add(weighted_sum(deltas, weights).div_(scale), alpha=self.lr)
+            deltas = {client: {"delta": server.pop(f"delta.{client}")} for client in taken}
+            server["x"] = server["x"].add(sum_of(deltas, "delta", weights).div_(scale), alpha=self.lr)
         for client in taken:
             server["applied"][client] += weights[client] / scale
         self._report(server, taken, sum(weights.values()) / scale, session)
@@ -266,19 +267,6 @@ class FedFix(Method):
             "weight": weight,
             "bias": bias,
         }
-
-    def model(self, server: State) -> Tensor:
-        x: Tensor = server["x"]
-        return x
-
-
-def weighted_sum(deltas: Mapping[int, Tensor], weights: Mapping[int, float]) -> Tensor:
-    """The sum of weights times changes, in the order given; there must be one at least."""
-    (first, delta), *others = deltas.items()
-    total = delta * weights[first]
-    for client, change in others:
-        total.add_(change, alpha=weights[client])
-    return total
 
 
 def _tick(session: Session) -> int:

@@ -21,6 +21,7 @@ from cograd.engines.federated.protocol import (
     Timer,
     mean_of,
     sizes_of,
+    sum_of,
 )
 from cograd.engines.federated.row import Row
 from cograd.engines.federated.samplers import Available, Bernoulli, Cyclic, Everyone, Sampler, Uniform
@@ -62,4 +63,5 @@ __all__ = [
     "matching",
     "mean_of",
     "sizes_of",
+    "sum_of",
 ]

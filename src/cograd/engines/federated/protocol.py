@@ -195,9 +195,11 @@ class Method(ABC):
     ) -> None:
         """The session goes on from a saved state: these events are still to come, these messages to be sent."""
 
-    @abstractmethod
     def model(self, server: State) -> Tensor:
-        """The global model (numel,): what the server would hand out."""
+        """The global model (numel,), which the server would hand out: ``x`` of its state, unless a method keeps
+        it elsewhere."""
+        x: Tensor = server["x"]
+        return x
 
     def personal(self, server: State, client: State, number: int) -> Tensor:
         """The model that client ``number`` uses after aggregation; the global one unless a method
@@ -215,9 +217,11 @@ class Synchronous(Method):
     saves only between exchanges.
     """
 
-    @abstractmethod
     def ask(self, server: State, session: Session) -> Sequence[Send]:
-        """The messages of the next exchange: at least one, and at most one a client."""
+        """The messages of the next exchange: at least one, and at most one a client. Unless a method asks
+        something else, all participants of the round are to ``train`` from ``x``."""
+        content = {"x": server["x"]}
+        return [Send(client, "train", content) for client in session.select(server["round"])]
 
     @abstractmethod
     def close(self, server: State, replies: Mapping[int, Content], session: Session) -> None:
@@ -271,24 +275,31 @@ def mean_of(replies: Mapping[int, Content], name: str, weights: Mapping[int, flo
 
     Raises ValueError for a tensor of another shape than the first client's, naming the client.
     """
-    total, scale = None, 0.0
-    for client, content in replies.items():
-        weight = 1.0 if weights is None else weights[client]
-        scale += weight
+    weights = dict.fromkeys(replies, 1.0) if weights is None else weights
+    scale = sum((weights[client] for client in replies), 0.0)
+    if not scale > 0:
+        raise ValueError(
+            f"weights must be given for at least one client, and sum to more than 0; got {dict(weights)}"
+        )
+    return sum_of(replies, name, weights).div_(scale)
+
+
+def sum_of(replies: Mapping[int, Content], name: str, weights: Mapping[int, float]) -> Tensor:
+    """The sum of weights times a tensor of the replies, of which there must be one at least, added in the order
+    of the clients.
+
+    Raises ValueError for a tensor of another shape than the first client's, naming the client.
+    """
+    (first, content), *others = replies.items()
+    total = content[name] * weights[first]
+    for client, content in others:
         tensor = content[name]
-        if total is None:
-            total = tensor * weight
-        elif tensor.shape != total.shape:
+        if tensor.shape != total.shape:
             raise ValueError(
                 f"{name!r} of client {client} must have shape {tuple(total.shape)}; got {tuple(tensor.shape)}"
             )
-        else:
-            total.add_(tensor, alpha=weight)
-    if total is None or not scale > 0:
-        raise ValueError(
-            f"weights must be given for at least one client, and sum to more than 0; got {weights}"
-        )
-    return total.div_(scale)
+        total.add_(tensor, alpha=weights[client])
+    return total
 
 
 def sizes_of(replies: Mapping[int, Content], session: Session) -> dict[int, float]:
