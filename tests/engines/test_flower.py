@@ -21,7 +21,7 @@ from cograd import data
 from cograd.clients import FedSpeed
 from cograd.clients.baselines import FedAvg
 from cograd.engines.federated import Clients, LocalSGD, Simulation
-from cograd.engines.flower import Federation
+from cograd.engines.flower import Federation, Server, client_app
 from cograd.models.mlp import MLP
 
 pytest.importorskip("flwr")
@@ -177,6 +177,91 @@ def test_a_node_that_dies_in_a_round_does_not_end_the_training(deployment, app):
     rows, output = deployment.run(app, kill, method="fedavg", rounds=2, timeout=5.0)
     assert rows[1]["participants"] == [0]
     assert re.search(r"round 1: client 1 \(node \d+\) did not answer in time", output)
+
+
+class Loopback:
+    """A grid in this process: node 10 + k is client k. A reply is there when ``ready(client, round)`` says
+    so."""
+
+    def __init__(self, federation, ready=lambda client, round: True) -> None:
+        from flwr.app import Context, RecordDict
+
+        self.app, self.ready = client_app(lambda context: federation), ready
+        self.contexts = {
+            10 + k: Context(0, 10 + k, {"partition-id": k}, RecordDict(), {}) for k in range(federation.clients)
+        }
+        self.answers = {}
+
+    def get_node_ids(self):
+        return list(self.contexts)
+
+    def push_messages(self, messages):
+        ids = []
+        for message in messages:
+            ids.append(f"{len(self.answers)}")
+            message.metadata.__dict__["_message_id"] = ids[-1]
+            node, group = message.metadata.dst_node_id, message.metadata.group_id
+            self.answers[ids[-1]] = node - 10, group, self.app(message, self.contexts[node])
+        return ids
+
+    def pull_messages(self, ids):
+        return [self.answers[i][2] for i in ids if self.ready(*self.answers[i][:2])]
+
+
+@pytest.fixture
+def run_of_flower(monkeypatch):
+    """What Flower knows of a run in a process that it has started."""
+    from flwr.supercore.task_identity import TaskIdentity
+
+    for name in ("_task_id", "_run_id", "_node_id"):
+        monkeypatch.setattr(TaskIdentity, name, 1)
+
+
+def federation(**options) -> Federation:
+    train = data.load("mnist-5k")
+    held = Clients(train, data.dirichlet(train.y, CLIENTS, 0.3, 0))
+
+    def model() -> MLP:
+        torch.manual_seed(0)
+        return MLP(784, 4, 10)
+
+    given = {"clients": CLIENTS, "rounds": 2, **options}
+    return Federation(
+        FedAvg(LocalSGD(lr=0.1, steps=1)), model, nn.functional.cross_entropy, lambda k: held[k], **given
+    )
+
+
+@pytest.mark.usefixtures("run_of_flower")
+def test_a_reply_that_comes_a_round_late_is_no_participation():
+    """Client 1 is silent until the second round, when it answers the first one."""
+    now = [0]
+    late = federation(timeout=0.2, rounds=3, on_round=lambda row, state: now.__setitem__(0, row.round))
+    grid = Loopback(late, lambda client, group: client == 0 or not group or int(group) < now[0])
+    rows = Server(late, grid).run()
+    assert [row.participants for row in rows] == [(0,)] * 3
+    assert all(list(row.lost) == [1] for row in rows)
+
+
+@pytest.mark.usefixtures("run_of_flower")
+def test_the_timeout_of_an_exchange_that_is_over_blames_nobody(monkeypatch):
+    """The first exchange takes no time, and its timer comes while the second one waits for client 1."""
+    clock = [0.0]
+    monkeypatch.setattr("cograd.engines.flower.time.monotonic", lambda: clock[0])
+    monkeypatch.setattr(
+        "cograd.engines.flower.time.sleep", lambda seconds: clock.__setitem__(0, clock[0] + seconds)
+    )
+    slow = federation(timeout=1.0)
+    started = []
+
+    def ready(client: int, group: str) -> bool:
+        if client == 1 and group == "1":
+            started.append(clock[0])
+            return clock[0] >= started[0] + 0.9
+        return clock[0] >= 0.5
+
+    rows = Server(slow, Loopback(slow, ready)).run()
+    assert [row.participants for row in rows] == [(0, 1)] * 2
+    assert [dict(row.lost) for row in rows] == [{}, {}]
 
 
 @pytest.mark.parametrize(

@@ -15,15 +15,16 @@ from __future__ import annotations
 
 import heapq
 import json
+import logging
 import time
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from itertools import count
 from typing import TYPE_CHECKING, Any
 
 from safetensors.torch import load as tensors_of
 from safetensors.torch import save as bytes_of
-from torch import Tensor, nn
+from torch import nn
 
 from cograd.core.checks import check
 from cograd.core.codecs import Codec, Context, Float32
@@ -45,6 +46,7 @@ from cograd.engines.federated.protocol import (
 )
 from cograd.engines.federated.row import Row
 from cograd.engines.federated.samplers import Everyone, Sampler, drawn
+from cograd.engines.federated.store import parts
 from cograd.engines.federated.wire import Wire
 from cograd.engines.federated.workers import Job, Runner, one_thread
 
@@ -208,7 +210,7 @@ class _Party:
         number, runner, session = self.of(context)
         record: Any = message.content[RECORD]
         frame = Frame.unpack(record["frame"], session)
-        runner = replace(runner, sizes=json.loads(record["sizes"]))
+        runner.sizes = json.loads(record["sizes"])
         schema = Schema.from_bytes(record["schema"])
         job = Job(number, record["task"], frame.round, 0, schema, bytes(frame.payload), _state(context))
         with one_thread():
@@ -229,9 +231,8 @@ def _state(context: FlowerContext) -> State:
 
 
 def _packed(state: State) -> dict[str, Any]:
-    tensors = {name: value.contiguous() for name, value in state.items() if isinstance(value, Tensor)}
-    scalars = {name: value for name, value in state.items() if not isinstance(value, Tensor)}
-    return {"tensors": bytes_of(tensors), "scalars": json.dumps(scalars)}
+    tensors, scalars = parts(state)
+    return {"tensors": bytes_of(tensors), "scalars": scalars}
 
 
 @dataclass
@@ -293,18 +294,22 @@ class Server:
                 self.tell(self.received(message, *known))
         while self.timers and self.timers[0][0] <= self.session.now:
             found = True
-            self.missing()
-            self.tell(Timer(heapq.heappop(self.timers)[2]))
+            key = heapq.heappop(self.timers)[2]
+            if key == self.state.get("exchange", 0):
+                self.missing()
+            self.tell(Timer(key))
         return found
 
     def tell(self, event: Event) -> None:
         """Tell the method of an event and do what it answers."""
         done = self.state["round"]
-        if isinstance(event, Reply) and self.federation.method.takes(self.state, event, self.session):
+        if isinstance(event, Reply):
+            if not self.federation.method.takes(self.state, event, self.session):
+                return
             self.participants.add(event.client)
         if isinstance(event, Lost):
             self.lost[event.client] = event.reason
-            self.flower.log(30, "%s", event.reason)
+            self.flower.log(logging.WARNING, "%s", event.reason)
         actions = self.federation.method.next(self.state, event, self.session)
         if self.state["round"] > done:
             self.row()
@@ -366,7 +371,7 @@ class Server:
             if number == self.state["round"]:
                 reason = f"round {number}: client {client} (node {self.nodes[client]}) did not answer in time"
                 self.lost[client] = reason
-                self.flower.log(30, "%s", reason)
+                self.flower.log(logging.WARNING, "%s", reason)
 
     # Members and history
 
@@ -420,7 +425,7 @@ class Server:
         self.history.append(row)
         self._fresh()
         shown = "" if accuracy is None else f", accuracy {100 * accuracy:.2f} %"
-        self.flower.log(20, "round %d of %d%s", number, federation.rounds, shown)
+        self.flower.log(logging.INFO, "round %d of %d%s", number, federation.rounds, shown)
         if federation.on_round is not None:
             federation.on_round(row, self.state)
 

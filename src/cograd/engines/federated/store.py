@@ -98,6 +98,12 @@ def _remove(folder: Path, owner: int) -> None:
 
 def write(state: State, path: Path) -> None:
     """A state as one safetensors file; scalars are in its metadata."""
+    tensors, scalars = parts(state)
+    save_file(tensors, path, metadata={"scalars": scalars})
+
+
+def parts(state: State) -> tuple[dict[str, Tensor], str]:
+    """A state's tensors, as safetensors takes them, and its scalars as JSON."""
     # copies: safetensors refuses tensors that share storage
     tensors = {
         name: value.detach().clone(memory_format=torch.contiguous_format)
@@ -105,7 +111,7 @@ def write(state: State, path: Path) -> None:
         if isinstance(value, Tensor)
     }
     scalars = {name: value for name, value in state.items() if not isinstance(value, Tensor)}
-    save_file(tensors, path, metadata={"scalars": json.dumps(scalars)})
+    return tensors, json.dumps(scalars)
 
 
 def read(path: Path) -> State:
