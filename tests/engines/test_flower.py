@@ -251,13 +251,9 @@ def test_the_timeout_of_an_exchange_that_is_over_blames_nobody(monkeypatch):
         "cograd.engines.flower.time.sleep", lambda seconds: clock.__setitem__(0, clock[0] + seconds)
     )
     slow = federation(timeout=1.0)
-    started = []
 
     def ready(client: int, group: str) -> bool:
-        if client == 1 and group == "1":
-            started.append(clock[0])
-            return clock[0] >= started[0] + 0.9
-        return clock[0] >= 0.5
+        return clock[0] >= {"0": 0.5, "1": 1.4 * client}.get(group, 0.0)
 
     rows = Server(slow, Loopback(slow, ready)).run()
     assert [row.participants for row in rows] == [(0, 1)] * 2
