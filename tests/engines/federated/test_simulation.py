@@ -242,6 +242,15 @@ def test_bytes_and_work_are_those_of_the_rounds_that_were_made():
     assert rows[0].participants == (0, 1, 2, 3, 4, 5)
 
 
+def test_a_row_is_of_its_own_round():
+    sim = simulation(FedAvg(LocalSGD(0.1, steps=3)), sampler=Share(count=2), seed=4)
+    size = 4 * sim.session.space.numel
+    for row in sim.rounds(4):
+        assert row.up == row.down == row.round * 2 * size
+        assert row.work == {"grad": row.round * 2 * 3}
+        assert row.participants == tuple(sim.session.select(row.round - 1))
+
+
 def test_accuracies_are_the_shares_of_right_answers():
     test = clients(1, 30)[0]
     sim = simulation(FedAvg(LOCAL), sampler=Everyone(), test=test, personal=True, every=2)
