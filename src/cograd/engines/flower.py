@@ -48,7 +48,7 @@ from cograd.engines.federated.row import Row
 from cograd.engines.federated.samplers import Everyone, Sampler, drawn
 from cograd.engines.federated.store import parts
 from cograd.engines.federated.wire import Wire
-from cograd.engines.federated.workers import Job, Runner, one_thread
+from cograd.engines.federated.workers import Job, Runner, isolated
 
 if TYPE_CHECKING:
     from flwr.app import Context as FlowerContext
@@ -149,7 +149,7 @@ def server_app(build: Build) -> ServerApp:
 
     @app.main()
     def main(grid: Grid, context: FlowerContext) -> None:
-        with one_thread():
+        with isolated():
             Server(build(context), grid).run()
 
     return app
@@ -213,7 +213,7 @@ class _Party:
         runner.sizes = json.loads(record["sizes"])
         schema = Schema.from_bytes(record["schema"])
         job = Job(number, record["task"], frame.round, 0, schema, bytes(frame.payload), _state(context))
-        with one_thread():
+        with isolated():
             done = runner.run(job)
         if done.error is not None:
             raise RuntimeError(done.error)

@@ -10,7 +10,6 @@ statistics.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import replace
 from functools import lru_cache
 from itertools import pairwise
@@ -24,6 +23,7 @@ from torch import Tensor, nn
 from cograd import data
 from cograd.core.claim import Claim, Curve, Op, Row
 from cograd.core.streams import stream
+from cograd.core.threads import one_thread
 from cograd.data.partition import batches
 from cograd.machines.single_merging.measures import descent_term
 from cograd.machines.single_merging.merging import merge, recalibrated, statistics, write
@@ -209,20 +209,8 @@ def train_convnet(cell: Cell, report: Report) -> Record:
 def compute(cell: Cell, report: Report) -> Record:
     if cell["system"] == CONVNET:
         return train_convnet(cell, report)
-    with _one_thread():
+    with one_thread():
         return train(cell, report)
-
-
-@contextmanager
-def _one_thread() -> Iterator[None]:
-    """For products as small as the MLP's: on a busy machine, threads spend most of the time waiting for one
-    another."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)
 
 
 def cell(system: str, seed: int, init: Init, nodes: int, rounds: int, lr: float = LR) -> dict[str, Any]:

@@ -54,7 +54,7 @@ from cograd.engines.federated.workers import (
     Job,
     NotFinite,
     Runner,
-    one_thread,
+    isolated,
 )
 
 TICKS = 10**9
@@ -216,7 +216,7 @@ class Simulation:
     def advance(self, limit: float = math.inf) -> Row | None:
         """Run to the end of the next round; None if nothing is left to happen up to the tick ``limit``."""
         began = time.monotonic()
-        with one_thread():
+        with isolated():
             try:
                 ended = self._advance(limit)
             finally:
@@ -380,7 +380,7 @@ class Simulation:
     def accuracy(self, vector: Tensor, test: Any = None) -> float:
         """The share of a test set that the model at ``vector`` classifies rightly."""
         examples = test if test is not None else self.test
-        with one_thread():
+        with isolated():
             self._evaluation_buffers()
             return self.local.correct(vector, examples.x, examples.y) / len(examples.y)
 
@@ -388,7 +388,7 @@ class Simulation:
         """Each client's share right on its own test examples, by its model after aggregation; NaN without
         any."""
         found = []
-        with one_thread():
+        with isolated():
             for client, data in enumerate(self.clients):
                 state = self.states[client]
                 self._evaluation_buffers(state)

@@ -26,6 +26,7 @@ from torch import Tensor
 from cograd.core.codecs import Context
 from cograd.core.message import Schema
 from cograd.core.streams import seed_for
+from cograd.core.threads import one_thread
 from cograd.engines.federated.local import LocalModel
 from cograd.engines.federated.protocol import ClientContext, Content, State, Task
 from cograd.engines.federated.wire import Wire
@@ -162,15 +163,14 @@ class Runner:
 
 
 @contextmanager
-def one_thread() -> Iterator[None]:
+def isolated() -> Iterator[None]:
     """One thread for torch, and its random state as it was afterwards."""
-    threads, random = torch.get_num_threads(), torch.random.get_rng_state()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)
-        torch.random.set_rng_state(random)
+    random = torch.random.get_rng_state()
+    with one_thread():
+        try:
+            yield
+        finally:
+            torch.random.set_rng_state(random)
 
 
 class Here:
