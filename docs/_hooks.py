@@ -323,7 +323,42 @@ def slow_link(workload: str, unit: str, digits: int) -> str:
     return f"{target}\n\n{_table((*heads, latency), rows, range(1, 8))}{checked}"
 
 
+def arena_machines() -> str:
+    """The table of `cograd compare machines`."""
+    found = json.loads((MEASURED / "arena-machines.json").read_text())
+    setting = found["setting"]
+    rows = [
+        (
+            row["system"],
+            f"{row['accuracy']:.2f}" + (f" \u00b1 {row['sd']:.2f}" if row["sd"] is not None else ""),
+            f"{row['bytes'] / 1000:,.1f}",
+            f"{row['link_seconds']:.2f}",
+            f"{row['memory'] / 1000:,.0f}",
+            row["work"],
+            f"{row['lr']:g}" + ("*" if row["edge"] else ""),
+            row["note"],
+        )
+        for row in found["rows"]
+    ]
+    heads = (
+        "system",
+        "accuracy, %",
+        "kB sent",
+        f"s at {setting['link']}",
+        "kept, kB",
+        "work of a worker",
+        "lr",
+        "",
+    )
+    left_out = "; ".join(f"{name} is not in it: it {why}" for name, why in found["not_applicable"].items())
+    about = (
+        f"{setting['epochs']} epochs, {setting['seeds']} seeds; * at an end of the grid of rates. {left_out}."
+    )
+    return f"{_table(heads, rows, range(1, 7))}\n\n{about}"
+
+
 GENERATED: dict[str, Callable[[], str]] = {
+    "arena-machines": arena_machines,
     "slow-link-mlp": lambda: slow_link("mlp", "% accuracy", 2),
     "slow-link-lm": lambda: slow_link("lm", "nats a character", 3),
     "methods": methods_table,

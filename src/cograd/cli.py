@@ -165,13 +165,23 @@ def compare(
     except ValueError as error:
         _usage(str(error))
     _arena.save(result, folder)
-    columns = ("accuracy, %", "kB sent", "link, s", "kept, kB", "work a worker")
-    table = Table(Column("system", no_wrap=True), *(Column(c, justify="right") for c in columns), box=None)
+    columns = ("accuracy, %", "kB sent", "link, s", "kept, kB", "work")
+    heads = [Column("system", no_wrap=True), *(Column(c, justify="right", no_wrap=True) for c in columns)]
+    table = Table(*heads, box=None, pad_edge=False)
     for row in result["rows"]:
-        spread = "" if row["sd"] is None else f" \u00b1 {row['sd']:.2f}"
-        sizes = (f"{row['bytes'] / 1000:,.1f}", f"{row['link_seconds']:,.2f}", f"{row['memory'] / 1000:,.0f}")
-        table.add_row(row["system"], f"{row['accuracy']:.2f}{spread}", *sizes, row["work"])
+        spread = "" if row["sd"] is None else f" \u00b1 {row['sd']:.1f}"
+        sent = row["bytes"] / 1000
+        sizes = (
+            f"{sent:,.{0 if sent >= 1000 else 1}f}",
+            f"{row['link_seconds']:,.2f}",
+            f"{row['memory'] / 1000:,.0f}",
+        )
+        table.add_row(row["system"], f"{row['accuracy']:.1f}{spread}", *sizes, row["work"])
     out.print(table)
+    if ends := [row["system"] for row in result["rows"] if row["edge"]]:
+        out.print(
+            f"best learning rate at an end of the grid: {'; '.join(ends)}", highlight=False, soft_wrap=True
+        )
     for row in result["rows"]:
         if row["note"]:
             out.print(f"{row['system']}: {row['note']}", highlight=False, soft_wrap=True)

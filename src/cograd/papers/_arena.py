@@ -152,16 +152,18 @@ def _by_system(cells: list[dict[str, Any]], lab: Lab, setting: Setting) -> dict[
 
 def _row(system: str, found: list[dict[str, Any]]) -> dict[str, Any]:
     accuracy = [float(r["accuracy"]) for r in found]
+    chosen = next(s for s in machines.SYSTEMS if s.name == system)
     return {
         "system": system,
         "accuracy": mean(accuracy),
         "sd": stdev(accuracy) if len(accuracy) > 1 else None,
         "lr": found[0]["lr"],
+        "edge": found[0]["lr"] / chosen.lr in (min(machines.RATES), max(machines.RATES)),
         "bytes": mean(float(r["bytes"]) for r in found),
         "link_seconds": mean(float(r["link_seconds"]) for r in found),
         "memory": found[0]["memory"],
         "work": found[0]["work"],
-        "note": next(s.note for s in machines.SYSTEMS if s.name == system),
+        "note": chosen.note,
     }
 
 

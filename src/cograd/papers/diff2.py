@@ -3,8 +3,9 @@
 Both methods are the same code with and without difference rounds, at the same epsilon, under the same noise a
 seed, each at its own best setting of one grid (rounds, step size, clipping norms, and for DIFF2 the restart
 interval), chosen on pilot seeds. For Adult all settings are tried on a sixteenth of the records, and each
-system's best on all of them. Many settings run side by side (`_diff2_runs`); `Diff2` itself replays one run of
-each problem with clipping, and one with the local routine.
+system's five best by each criterion on all of them; what has not learned (`ADULT_CEILING`) does not count. Many
+settings run side by side (`_diff2_runs`); `Diff2` itself replays one run of each problem with clipping, and one
+with the local routine.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from cograd.core.streams import stream
 from cograd.machines.diff2.accounting import rho_of
 from cograd.papers._diff2_cells import (
     ADULT,
+    ADULT_CEILING,
     ADULT_EPSILONS,
     BOUNDS,
     DELTA,
@@ -80,30 +82,43 @@ class Study:
         criteria: Sequence[str],
         cell: Mapping[str, Any],
         screen: Mapping[str, Any] | None = None,
+        ceiling: float = math.inf,
     ) -> None:
         """Choose each system's setting of the grid by each criterion, its mean over the pilot seeds, and run
-        the recorded seeds with it. With ``screen``, what cells of a cheaper pilot have besides, only its best
-        are tried on all records."""
+        the recorded seeds with it. With ``screen``, what cells of a cheaper pilot have besides, that is run on
+        the first of these seeds, and only its best are tried on all records and seeds. Settings that end at a
+        loss above ``ceiling`` do not count."""
         for system in systems:
             settings = grid.settings(system)
             if screen:
-                found = self._pilots(system, settings, criteria, {**cell, **screen})
+                found = self._pilots(system, settings, criteria, {**cell, **screen}, ceiling, self.pilots[:1])
                 best = (s for means in found.values() for s in sorted(means, key=means.__getitem__)[:FINALISTS])
                 settings = list(dict.fromkeys(best))
-            for criterion, means in self._pilots(system, settings, criteria, cell).items():
+            pilots = self._pilots(system, settings, criteria, cell, ceiling, self.pilots)
+            for criterion, means in pilots.items():
                 self.means[name, system, criterion] = means
                 chosen = self.chosen[name, system, criterion] = min(means, key=means.__getitem__)
                 self.open_ends += [f"{name}, {system}, {criterion}: {end}" for end in grid.open_ends(chosen)]
             self.record(name, system, criteria, cell)
 
     def _pilots(
-        self, system: str, settings: Sequence[Setting], criteria: Sequence[str], cell: Mapping[str, Any]
+        self,
+        system: str,
+        settings: Sequence[Setting],
+        criteria: Sequence[str],
+        cell: Mapping[str, Any],
+        ceiling: float,
+        seeds: Sequence[int],
     ) -> dict[str, dict[Setting, float]]:
-        """By criterion, each setting's mean over the pilot seeds."""
-        cells = [{"system": system, "seed": s, **cell, "settings": list(settings)} for s in self.pilots]
-        records = self.lab.map(cells, compute)
-        scores = {c: zip(*([run[c] for run in r["runs"]] for r in records), strict=True) for c in criteria}
-        return {c: dict(zip(settings, map(mean, of), strict=True)) for c, of in scores.items()}
+        """By criterion, each setting's mean over the seeds; infinite where one of the losses is too high."""
+        cells = [{"system": system, "seed": s, **cell, "settings": list(settings)} for s in seeds]
+        by_seed = [record["runs"] for record in self.lab.map(cells, compute)]
+        runs = dict(zip(settings, zip(*by_seed, strict=True), strict=True))
+        learned = {s for s, of in runs.items() if max(run["loss"] for run in of) <= ceiling}
+        return {
+            c: {s: mean(run[c] for run in of) if s in learned else math.inf for s, of in runs.items()}
+            for c in criteria
+        }
 
     def record(self, name: str, system: str, criteria: Sequence[str], cell: Mapping[str, Any]) -> None:
         """Run the recorded seeds with what is chosen for the criteria."""
@@ -214,7 +229,7 @@ def _adults(study: Study) -> None:
     for epsilon in ADULT_EPSILONS:
         cell = {"part": "adult", "epsilon": epsilon, "batch": 3, "looks": 25}
         screen, criteria = {"share": 16, "batch": 16}, ("loss", "mean", "last")
-        study.tune(adult_name(epsilon), ADULT, (DP_GD, METHOD), criteria, cell, screen)
+        study.tune(adult_name(epsilon), ADULT, (DP_GD, METHOD), criteria, cell, screen, ADULT_CEILING)
 
 
 def _replays(lab: Lab, problems: Sequence[str]) -> list[Record]:
