@@ -1,8 +1,8 @@
 """AGLFOP (arXiv 2307.11333): global and local fairness of one federated model, and the best that both allow.
 
 Shared between clients and server, besides whatever trains the model: a table of counts, once. Client s counts
-its examples by group z of a sensitive attribute, label y and prediction h: 4 integers for two groups and classes,
-or 8 with the label. The server joins them to P(s,z,y,h) and says
+its examples by group z of a sensitive attribute and prediction h, 4 integers for two groups and classes, or by
+label y as well, 8 integers. The server joins them to P(s,z,y,h) and says
 
     global disparity   I(Z;H)                  what predictions tell of the group
     local disparity    I(Z;H|S)                the same inside the clients

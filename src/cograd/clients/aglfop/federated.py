@@ -28,20 +28,20 @@ from cograd.engines.federated.protocol import (
 )
 
 COUNTS, DUE = "audit.counts", "audit.due"
-"""Names in the server's state: the last tables (clients, Z, Y, H), and whether the next exchange is an audit."""
+"""Names in the server's state: the last tables (clients, Z, Y, H); whether an audit is next."""
 
 
 @dataclass(frozen=True, eq=False)
 class GroupedData(ClientData):
-    """`ClientData` that also says which group each example is of: ``z``, and ``test_z`` of the test examples."""
+    """`ClientData` that says which group each example is of: ``z``, and ``test_z`` of the test examples."""
 
     z: Tensor
     test_z: Tensor
 
 
 def with_groups(clients: Clients, groups: Codes, test_groups: Codes | None = None) -> list[GroupedData]:
-    """Clients whose examples have a group: ``groups`` of the training set's rows, in the order of the whole set,
-    and ``test_groups`` of the test set's.
+    """Clients whose examples have a group: ``groups`` of all rows of the training set in its order, and
+    ``test_groups`` of the test set's.
 
     Raises ValueError where there are fewer groups than rows, or test groups without a test set or the reverse.
     """

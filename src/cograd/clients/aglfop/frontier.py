@@ -7,13 +7,15 @@ With P(s,z,y) fixed and the joint r(s,z,y,h) of a randomised predictor as unknow
          I(Z;H|S) = sum relent(q(s,z,h), P(z|s) q(s,h))   <= eps_local       q(s,z,h) = sum_y r
 
 where relent(a, b) = a ln(a / b) is jointly convex, and all else is linear: one global optimum. A bound of 0 is
-no relative entropy but the linear q(z,h) = P(z) q(h), and infinity no constraint, so that neither is degenerate.
-Cells with P(s,z,y) = 0 are left out. The program is built once for a surface; the bounds are its parameters.
+no relative entropy but the linear q(z,h) = P(z) q(h), and infinity no constraint, so that neither is
+degenerate. Cells with P(s,z,y) = 0 are left out. The program is built once for a surface; the bounds are its
+parameters.
 """
 
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -36,14 +38,18 @@ WITHIN = (None, "pooled", "client")
 FEASIBLE = 1e-6
 """Nats by which a solution may exceed a bound before it is refused."""
 
-_CLARABEL = {"tol_gap_abs": 1e-9, "tol_gap_rel": 1e-9, "tol_feas": 1e-9}
+_CLARABEL = {
+    **dict.fromkeys(("tol_gap_abs", "tol_gap_rel", "tol_feas"), 1e-8),
+    **dict.fromkeys(("reduced_tol_gap_abs", "reduced_tol_gap_rel", "reduced_tol_feas"), 1e-6),
+}
+"""The second row is what it may fall back to, as it must for bounds near 0; beyond it, it fails."""
 
 
 @dataclass(frozen=True, eq=False)
 class Rule:
     """A randomised predictor: ``table`` is P(h | s, z, y), NaN where the data has no such client, group and
-    label. Where it is made of a given classifier, ``relabel`` is P(h | s, z, h') for its prediction h', or P(h |
-    z, h') if it is the same for all clients: that one needs no labels and can be used on new examples.
+    label. Where it is made of a given classifier client by client, ``relabel`` is P(h | s, z, h') for its
+    prediction h': that one needs no labels and can be used on new examples.
     """
 
     table: np.ndarray
@@ -80,7 +86,7 @@ def _drawn(table: np.ndarray, codes: tuple[np.ndarray, ...], seed: int) -> Tenso
 
 @dataclass(frozen=True, eq=False)
 class Optimum:
-    """A point of the frontier: the bounds (in the units of ``bits``), the accuracy, and a predictor that has it.
+    """A point of the frontier: the bounds (in bits, or nats), the accuracy, and a predictor that has it.
 
     ``joint`` is that predictor's (S, Z, Y, H). The accuracy is unique, the predictor need not be: its
     disparities are one optimum's.
@@ -113,10 +119,11 @@ def aglfop(
         joint: with labels.
         eps_global, eps_local: bounds in bits (nats if ``bits`` is False), >= 0; infinity for none.
         within: None allows any predictor, which may know the label. The others allow what can be made of the
-            classifier that ``joint`` has the predictions of. ``pooled``: in each group its rates P(h|z,y) over
-            all clients are such as some relabelling of its predictions by the group gives; for two classes, (FPR,
+            classifier that ``joint`` has the predictions of. ``pooled``: in each group, its rates P(h|z,y) over
+            all clients are such as some relabelling of the predictions by group gives; for two classes, (FPR,
             TPR) lies in the quadrilateral of (0,0), (1,1), the classifier's point and that of its opposite.
-            ``client``: it is a relabelling of its predictions by client and group, which can be put to use.
+            ``client``: it is a relabelling by client and group, which can be put to use. Neither contains the
+            other.
         solver: ``clarabel``, by cvxpy (``cograd[convex]``); or ``slsqp``, by SciPy, which needs no cone solver,
             is slower, and is exact to about 1e-5.
 
@@ -316,7 +323,9 @@ class _Cone(_Program):
         for parameter, bound in zip(self.bounds, bounds, strict=True):
             parameter.value = bound if math.isfinite(bound) else 0.0
         problem = self.problems[kinds]
-        problem.solve(solver=self.cp.CLARABEL, **_CLARABEL)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "Solution may be inaccurate")  # to 1e-6, which is enough
+            problem.solve(solver=self.cp.CLARABEL, **_CLARABEL)
         if problem.status not in (self.cp.OPTIMAL, self.cp.OPTIMAL_INACCURATE) or self.x.value is None:
             raise RuntimeError(f"CLARABEL ended as {problem.status!r} at bounds of {bounds} nats")
         return np.asarray(self.x.value)

@@ -23,7 +23,7 @@ _ROUNDING, _REFINEMENTS = 1e-13, 3
 
 def mutual(p: Array) -> Array:
     """I(A;B) of joints (..., A, B)."""
-    return _divergence(p, p.sum(-1, keepdims=True) * p.sum(-2, keepdims=True)).sum((-2, -1))
+    return np.asarray(_divergence(p, p.sum(-1, keepdims=True) * p.sum(-2, keepdims=True)).sum((-2, -1)))
 
 
 def conditional(p: Array) -> Array:
@@ -31,7 +31,7 @@ def conditional(p: Array) -> Array:
     mass = p.sum((-2, -1), keepdims=True)
     independent = p.sum(-1, keepdims=True) * p.sum(-2, keepdims=True)
     product = np.divide(independent, mass, out=np.zeros_like(independent), where=mass > 0)
-    return _divergence(p, product).sum((-3, -2, -1))
+    return np.asarray(_divergence(p, product).sum((-3, -2, -1)))
 
 
 def _divergence(p: Array, q: Array) -> Array:
@@ -60,8 +60,8 @@ def unique(p: Array, tolerance: float = TOLERANCE) -> Unique:
         min  sum q ln(q / Q(s,h))    q(s,z,.) sums to P(s,z),  q(.,z,h) sums to P(z,h),  q >= 0
 
     a convex program whose feasible set is, for each z, the couplings of s and h. It is solved by a primal-dual
-    interior-point method, all joints at once. A Newton system has a block of Z H unknowns for each client, and
-    one such block joins them: time grows in proportion to the clients. Cells that must be 0 (an empty group of
+    interior-point method, all joints at once. A Newton system has a block of Z + H unknowns for each client and
+    a block of Z H joins them: time grows in proportion to the clients. Cells that must be 0 (an empty group of
     a client, a prediction that a group never gets) are left out. For any multipliers b(z,h) of the second
     constraint,
 
@@ -96,10 +96,10 @@ class _Walk:
     """The iterates of `unique`: ``q`` (B, S, Z, H) is feasible, ``w`` >= 0 its multipliers, ``b`` (B, Z, H)
     those of the column sums.
 
-    A Newton step solves (diag((1 + w) / q) - 1 1^T / Q) dq = -(r + a + b), where the matrix acts along z and r is
-    the gradient less mu / q. Its inverse is diag(t) + t t^T / c with t = q / (1 + w) and c = sum_z t w, and no
-    digits are lost in these, though the matrix is singular in the limit. With e(s,h) = t^T (r + a + b) / c as
-    unknowns besides a(s,z) and b(z,h), the system is symmetric and quasi-definite.
+    A Newton step solves (diag((1 + w) / q) - 1 1^T / Q) dq = -(r + a + b), where the matrix acts along z and r
+    is the gradient less mu / q. Its inverse is diag(t) + t t^T / c with t = q / (1 + w) and c = sum_z t w, and
+    no digits are lost in these, though the matrix is singular in the limit. With e(s,h) = t^T (r + a + b) / c
+    as unknowns besides a(s,z) and b(z,h), the system is symmetric and quasi-definite.
     """
 
     def __init__(self, sz: Array, zh: Array) -> None:
@@ -190,7 +190,7 @@ class _Walk:
         """How far a move may go, of each joint: to just before the first cell that would be 0."""
         down = move < 0
         ratio = np.divide(at, -move, out=np.full_like(at, np.inf), where=down).min((1, 2, 3))
-        return np.minimum(1.0, _TO_BOUNDARY * ratio)[:, None, None, None]
+        return np.asarray(np.minimum(1.0, _TO_BOUNDARY * ratio))[:, None, None, None]
 
 
 def _solved(matrices: Array, right: Array, free: Array) -> Array:

@@ -109,15 +109,15 @@ class ClientJoint:
 
     @property
     def clients(self) -> int:
-        return self.table.shape[0]
+        return int(self.table.shape[0])
 
     @property
     def groups(self) -> int:
-        return self.table.shape[1]
+        return int(self.table.shape[1])
 
     @property
     def classes(self) -> int:
-        return self.table.shape[2]
+        return int(self.table.shape[2])
 
     def over(self, axes: str) -> np.ndarray:
         """The marginal distribution of some axes, in their order: ``over("szh")``.
@@ -141,7 +141,7 @@ class ClientJoint:
         """The table as whole numbers. Raises ValueError for a joint that was not counted."""
         if self.count is None:
             raise ValueError("this needs a joint of counted examples; got probabilities")
-        return np.rint(self.table * self.count).astype(np.int64)
+        return np.asarray(np.rint(self.table * self.count).astype(np.int64))
 
     def __repr__(self) -> str:
         shape = " x ".join(f"{n} {NAMES[axis]}" for n, axis in zip(self.table.shape, self.axes, strict=True))
@@ -174,7 +174,7 @@ def _counted(columns: Sequence[np.ndarray], shape: tuple[int, ...], names: Seque
         if len(column) and not 0 <= column.min() <= column.max() < size:
             raise ValueError(f"{name} must be codes of 0 .. {size - 1}; got {column.min()} .. {column.max()}")
     flat = np.ravel_multi_index(tuple(columns), shape)
-    return np.bincount(flat, minlength=math.prod(shape)).reshape(shape)
+    return np.asarray(np.bincount(flat, minlength=math.prod(shape)).reshape(shape))
 
 
 def _numpy(values: Any) -> Any:
