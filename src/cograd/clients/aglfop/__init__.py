@@ -18,13 +18,13 @@ the table.
 - `joint`: the joint distribution, and the message of a client;
 - `information`: mutual information, and the unique information, which is a convex program of its own;
 - `measures`: disparities, statistical parity, Pinsker's bound, and the baseline of chance;
-- `frontier`: AGLFOP, its surface over a grid, and the randomised predictor that attains it;
+- `program`: AGLFOP, its surface over a grid, and the randomised predictor that attains it;
 - `splits`: data sets dealt so that disparity is unique, redundant or masked;
 - `federated`: the numbers in every row of a simulation.
 """
 
 from cograd.clients.aglfop.federated import AGLFOP, GroupedData, with_groups
-from cograd.clients.aglfop.frontier import Optimum, Rule, Surface, aglfop, frontier
+from cograd.clients.aglfop.program import Optimum, Rule, Surface, aglfop, frontier
 from cograd.clients.aglfop.joint import ClientJoint, client_counts
 from cograd.clients.aglfop.measures import (
     Baseline,
