@@ -161,7 +161,7 @@ def test_one_output_is_a_logit():
 
 def test_groups_go_where_the_rows_go():
     held = clients()
-    (train, z), (test, test_z) = data(90, 0), data(150, 1)
+    (train, z), (_, test_z) = data(90, 0), data(150, 1)
     assert torch.equal(torch.cat([h.z for h in held]).sort().values, z.sort().values)
     for h in held:
         assert torch.equal(h.z, (h.x[:, 0] > 0).long())

@@ -24,7 +24,6 @@ the table.
 """
 
 from cograd.clients.aglfop.federated import AGLFOP, GroupedData, with_groups
-from cograd.clients.aglfop.program import Optimum, Rule, Surface, aglfop, frontier
 from cograd.clients.aglfop.joint import ClientJoint, client_counts
 from cograd.clients.aglfop.measures import (
     Baseline,
@@ -33,6 +32,7 @@ from cograd.clients.aglfop.measures import (
     permutation_baseline,
     pinsker,
 )
+from cograd.clients.aglfop.program import Optimum, Rule, Surface, aglfop, frontier
 from cograd.clients.aglfop.splits import split
 
 __all__ = [
