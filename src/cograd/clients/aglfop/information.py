@@ -144,10 +144,10 @@ class _Walk:
         inverse = np.divide(1, self.q, out=np.zeros_like(self.q), where=self.live)
         total = self.q.sum(2, keepdims=True)
         total = np.divide(1, total, out=np.zeros_like(total), where=total > 0)
-        rows, columns = np.zeros_like(self.sz), self.q.sum(1) - self.zh
+        rows, columns = self.q.sum(3) - self.sz, self.q.sum(1) - self.zh
         move, a, b = self._solve(r, rows, columns)
         for _ in range(_REFINEMENTS):
-            rows, columns = move.sum(3), (self.q + move).sum(1) - self.zh
+            rows, columns = (self.q + move).sum(3) - self.sz, (self.q + move).sum(1) - self.zh
             if max(np.abs(rows).max(), np.abs(columns).max()) < _ROUNDING:
                 break
             bent = (1 + self.w) * inverse * move - total * move.sum(2, keepdims=True)
