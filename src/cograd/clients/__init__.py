@@ -1,7 +1,17 @@
 """Updates shared between federated clients and a server."""
 
+from cograd.clients.aglfop import AGLFOP, ClientJoint
 from cograd.clients.fedcac import FedCAC, critical_mask, mask_overlap
 from cograd.clients.fedfix import FedFix
 from cograd.clients.fedspeed import FedSpeed, ProxCorrectedSAM
 
-__all__ = ["FedCAC", "FedFix", "FedSpeed", "ProxCorrectedSAM", "critical_mask", "mask_overlap"]
+__all__ = [
+    "AGLFOP",
+    "ClientJoint",
+    "FedCAC",
+    "FedFix",
+    "FedSpeed",
+    "ProxCorrectedSAM",
+    "critical_mask",
+    "mask_overlap",
+]
