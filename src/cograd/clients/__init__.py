@@ -2,6 +2,18 @@
 
 from cograd.clients.fedcac import FedCAC, critical_mask, mask_overlap
 from cograd.clients.fedfix import FedFix
+from cograd.clients.fedld import FedLD, MarginControl, PrincipalGradient, loss_decomposition
 from cograd.clients.fedspeed import FedSpeed, ProxCorrectedSAM
 
-__all__ = ["FedCAC", "FedFix", "FedSpeed", "ProxCorrectedSAM", "critical_mask", "mask_overlap"]
+__all__ = [
+    "FedCAC",
+    "FedFix",
+    "FedLD",
+    "FedSpeed",
+    "MarginControl",
+    "PrincipalGradient",
+    "ProxCorrectedSAM",
+    "critical_mask",
+    "loss_decomposition",
+    "mask_overlap",
+]
