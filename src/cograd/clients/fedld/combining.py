@@ -105,11 +105,7 @@ class GramRule(ABC):
         the client), names in ``buffers`` that are none, and a matrix that is not one of floats.
         """
         if isinstance(deltas, Tensor):
-            if deltas.ndim != 2 or not deltas.is_floating_point():
-                raise ValueError(
-                    f"deltas must be floats (K, P); got {deltas.dtype} of shape {tuple(deltas.shape)}"
-                )
-            return self.combine([{"deltas": row} for row in deltas], (), draws)["deltas"]
+            return self.combine(_rows(deltas), (), draws)["deltas"]
         return self.combine(deltas, buffers if self.buffers == "mean" else (), draws)
 
     @torch.no_grad()
@@ -186,8 +182,7 @@ class PrincipalGradient(GramRule):
     @torch.no_grad()
     def directions(self, deltas: Tensor) -> Directions:
         """The directions that are kept of a matrix (K, P), each on the side of the majority of its rows."""
-        if deltas.ndim != 2 or not deltas.is_floating_point() or not len(deltas):
-            raise ValueError(f"deltas must be floats (K, P); got {deltas.dtype} of shape {tuple(deltas.shape)}")
+        _alike(_rows(deltas), ())
         energy, e, lengths = (t[0] for t in self._principal(gram(list(deltas))[None]))
         kept = lengths > 0
         e = e[:, kept]
@@ -233,6 +228,12 @@ def _mean(rows: Mapping[int, Content], name: str) -> Tensor:
     if dtype.is_floating_point:
         return mean_of(rows, name)
     return mean_of({client: {name: row[name].double()} for client, row in rows.items()}, name).round().to(dtype)
+
+
+def _rows(deltas: Tensor) -> list[Content]:
+    if deltas.ndim != 2 or not deltas.is_floating_point():
+        raise ValueError(f"deltas must be floats (K, P); got {deltas.dtype} of shape {tuple(deltas.shape)}")
+    return [{"deltas": row} for row in deltas]
 
 
 def _alike(deltas: Sequence[Mapping[str, Tensor]], averaged: Collection[str]) -> Mapping[str, Tensor]:
