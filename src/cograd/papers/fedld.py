@@ -282,7 +282,8 @@ def _mechanics(runs: Runs) -> list[Claim]:
         exact("mechanics.opposed", "if two oppose one another, it is their mean", most("opposed"), 1e-6,
               rounding),
         exact("mechanics.order", "the order of the clients is nothing", most("permuted"), 1e-5, rounding),
-        exact("mechanics.scale", "three times the changes, three times the step", most("scaled"), 1e-6, rounding),
+        exact("mechanics.scale", "three times the changes, three times the step", most("scaled"), 1e-6,
+              rounding),
         exact("mechanics.bound", "an entry's step over its longest change, the most", most("bound"), 1 + 1e-6,
               "|delta| <= max |delta_i|"),
         exact("mechanics.first", "round 1 is that of unweighted FedAvg: difference in accuracy", first, 0.0,
@@ -378,7 +379,7 @@ def _bars(ax: Any, systems: Sequence[str], table: Mapping[tuple[str, str], Any])
     ax.set_yticks(range(len(systems)), systems, fontsize=7)
     ax.invert_yaxis()
     ax.set(xlabel="part of the training loss, nats", title="after the last round")
-    ax.legend(frameon=False, fontsize=7)
+    ax.legend(frameon=False, fontsize=7, ncols=3, loc="upper center", bbox_to_anchor=(0.5, -0.15))
 
 
 def _dots(ax: Any, table: Mapping[tuple[str, str], Any]) -> None:
