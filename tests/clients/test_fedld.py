@@ -416,30 +416,41 @@ def test_all_of_it_is_the_cards_loop(layerwise):
     assert torch.allclose(sim.server["x"], torch.cat([value.reshape(-1) for value in x]), atol=1e-8)
 
 
-def test_an_entry_is_averaged_until_it_has_moved():
-    class Late(nn.Module):
-        """A second parameter that has no gradient at zero input."""
+class Late(nn.Module):
+    """Outputs a + x b: clients whose input is zero do not move b."""
 
-        def __init__(self) -> None:
-            super().__init__()
-            self.a, self.b = nn.Parameter(torch.zeros(2)), nn.Parameter(torch.zeros(2))
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Parameter(torch.zeros(2).double()), nn.Parameter(torch.zeros(2).double())
 
-        def forward(self, x: Tensor) -> Tensor:
-            return self.a + x * self.b
+    def forward(self, x: Tensor) -> Tensor:
+        return self.a + x * self.b
 
-    def at(value: float, on: list[float]) -> ClientData:
-        none = torch.zeros(0)
-        return ClientData(torch.tensor([[value, value]]), torch.tensor([on]), none, none)
 
-    def square(outputs: Tensor, targets: Tensor) -> Tensor:
-        return (outputs - targets).square().sum() / 2
+def half_square(outputs: Tensor, targets: Tensor) -> Tensor:
+    return (outputs - targets).square().sum() / 2
 
-    data = [at(0.0, [1.0, 0.0]), at(0.0, [0.0, 2.0]), at(1.0, [1.0, 2.0])]
-    method = FedLD(LocalSGD(0.1, batch_size=1), margin=0.0)
-    sim = Simulation(method, Late(), square, data, sampler=Cyclic(count=1))
+
+@pytest.mark.parametrize("layerwise", [True, False])
+def test_an_entry_is_averaged_until_it_has_moved(layerwise):
+    """Clients 0 and 1 move a alone, in the first round; 2 and 3 move a and b alike, in the second."""
+    none, targets = torch.zeros(0), torch.tensor([[1.0, 0.5], [0.2, 2.0], [1.0, 0.3], [-0.2, 2.0]]).double()
+    inputs = torch.tensor([0.0, 0.0, 1.0, 1.0]).double().reshape(4, 1, 1)
+    data = [ClientData(x, t[None], none, none) for x, t in zip(inputs, targets, strict=True)]
+    rule = PrincipalGradient(1.0, layerwise=layerwise)
+    method = FedLD(LocalSGD(0.1, batch_size=1), margin=0.0, rule=rule)
+    options = {"up": Float64(), "down": Float64(), "sampler": Cyclic(count=2)}
+    sim = Simulation(method, Late(), half_square, data, **options)
     sim.run(1)
+    a = sim.server["x"][:2].clone()
+    assert torch.allclose(a, 0.1 * targets[:2].mean(0))
     assert sim.server["moved"].tolist() == [True, False]
-    sim.run(3)
+    sim.run(2)
+    rows = 0.1 * (targets[2:] - a)
+    moved = sim.server["x"] - torch.cat([a, torch.zeros(2)])
+    assert torch.allclose(moved[:2], rule(rows))  # both halves of the rows being equal, so are the weights
+    assert torch.allclose(moved[2:], rows.mean(0) if layerwise else rule(rows))
+    assert not torch.allclose(rule(rows), rows.mean(0), atol=1e-3)
     assert sim.server["moved"].tolist() == [True, True]
 
 
