@@ -379,7 +379,7 @@ def _bars(ax: Any, systems: Sequence[str], table: Mapping[tuple[str, str], Any])
     ax.set_yticks(range(len(systems)), systems, fontsize=7)
     ax.invert_yaxis()
     ax.set(xlabel="part of the training loss, nats", title="after the last round")
-    ax.legend(frameon=False, fontsize=7, ncols=3, loc="upper center", bbox_to_anchor=(0.5, -0.15))
+    _legend_below(ax)
 
 
 def _dots(ax: Any, table: Mapping[tuple[str, str], Any]) -> None:
@@ -399,7 +399,11 @@ def _dots(ax: Any, table: Mapping[tuple[str, str], Any]) -> None:
     ax.set_yticks(range(len(TUNED)), TUNED, fontsize=7)
     ax.invert_yaxis()
     ax.set(xlabel="test accuracy, %", title="and at their own rates")
-    ax.legend(frameon=False, fontsize=7)
+    _legend_below(ax)
+
+
+def _legend_below(ax: Any) -> None:
+    ax.legend(frameon=False, fontsize=7, ncols=3, loc="upper center", bbox_to_anchor=(0.5, -0.15))
 
 
 USAGE = """\
