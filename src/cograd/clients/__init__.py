@@ -3,6 +3,7 @@
 from cograd.clients.aglfop import AGLFOP, ClientJoint
 from cograd.clients.fedcac import FedCAC, critical_mask, mask_overlap
 from cograd.clients.fedfix import FedFix
+from cograd.clients.fedld import FedLD, MarginControl, PrincipalGradient, loss_decomposition
 from cograd.clients.fedspeed import FedSpeed, ProxCorrectedSAM
 
 __all__ = [
@@ -10,8 +11,12 @@ __all__ = [
     "ClientJoint",
     "FedCAC",
     "FedFix",
+    "FedLD",
     "FedSpeed",
+    "MarginControl",
+    "PrincipalGradient",
     "ProxCorrectedSAM",
     "critical_mask",
+    "loss_decomposition",
     "mask_overlap",
 ]
