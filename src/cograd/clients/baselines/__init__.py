@@ -9,7 +9,10 @@ from cograd.clients.baselines.fedper import FedPer
 from cograd.clients.baselines.fedrep import FedRep
 from cograd.clients.baselines.fine_tuned import FineTuned
 from cograd.clients.baselines.local_only import LocalOnly
+from cograd.clients.baselines.mean_guided import MeanGuided
+from cograd.clients.baselines.permuted_guidance import PermutedGuidance
 from cograd.clients.baselines.scaffold import Scaffold
+from cograd.clients.baselines.warm_start import WarmStart
 
 __all__ = [
     "FedAdam",
@@ -20,5 +23,8 @@ __all__ = [
     "FedRep",
     "FineTuned",
     "LocalOnly",
+    "MeanGuided",
+    "PermutedGuidance",
     "Scaffold",
+    "WarmStart",
 ]
