@@ -54,6 +54,8 @@ class WarmStart(FedAvg):
     def close(self, server: State, replies: Mapping[int, Content], session: Session) -> None:
         if not server["visits"]:
             super().close(server, replies, session)
+            if server["round"] == 1:
+                session.participants = list(replies)  # the visited have answered, too
             return
         (reply,) = replies.values()
         server["x"] = reply["x"]

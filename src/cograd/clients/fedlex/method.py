@@ -196,7 +196,11 @@ class FedLEx(Synchronous):
         server["informed"] = server["informed"].index_fill(0, torch.tensor(list(replies)), True)
         before = server["round"]
         self.base.close(server, replies, session)
-        if server["round"] > before and "maps" in server:
+        if server["round"] == before:
+            return
+        if before == 0 and session.participants is None:
+            session.participants = list(replies)  # explorers have answered, too
+        if "maps" in server:
             self._refresh(server, replies, session)
 
     def shape(self, guidance: Tensor, session: Session) -> Tensor:
@@ -233,7 +237,9 @@ class FedLEx(Synchronous):
 
     def _combined(self, maps: Mapping[int, Content], space: ParamSpace) -> Tensor:
         mean = mean_of(maps, "map")
-        return normalised(mean, space, self.scale, self.scope) if self.normalize == "after_mean" else mean
+        if self.normalize == "after_mean":
+            return normalised(mean, space, self.scale, self.scope)
+        return mean.clamp_(0, 1)  # of a codec that overshoots
 
     def _adopt(self, server: State, guidance: Tensor, session: Session) -> None:
         """Take a G into the server's state: nobody has it yet."""
