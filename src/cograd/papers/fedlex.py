@@ -363,7 +363,7 @@ def _curves(settings: Sequence[Runs]) -> list[Curve]:
 COLOURS = {
     AVG: "#444444", LEX: "#1b6ca8", PICTURE: "#8fbfe0", SCALED: "#d95f02", PERMUTED: "#8a6fb0", WARM: "#2a9d8f",
 }  # fmt: skip
-TITLES = {SHARDS: "two classes a client, all tuned", BIG: "a large step: lr 1", ADAM: "local training by Adam"}
+TITLES = {SHARDS: "two classes a client", BIG: "a large step: lr 1", ADAM: "local training by Adam"}
 
 
 def draw(result: dict[str, Any], path: Path) -> None:
