@@ -1,13 +1,13 @@
 """FedLEx against FedAvg, and against the controls that tell guidance from a smaller step.
 
-MNIST-5k among 10 clients, of which 2 take part in a round; an MLP (784-100-10), 5 local epochs in minibatches
-of 350, server momentum 0.9, learning rates falling by 1 % a round, 100 rounds. Explorers are all clients, for
-50 epochs. Accuracy is that of the global model, averaged over the last 20 rounds: with two classes a client
-single rounds jump by ten points.
+MNIST-5k, standardised, among 10 clients, of which 2 take part in a round; an MLP (784-100-10), 5 local epochs
+in minibatches of 350, server momentum 0.9, learning rates falling by 1 % a round, 100 rounds. Explorers are all
+clients, for 50 epochs. Accuracy is that of the global model, averaged over the last 20 rounds: with two classes
+a client single rounds jump by ten points.
 
 - *two classes a client* (two shards each) and *Dirichlet 0.2*: every system has its own best learning rate of
-  one grid, found on a pilot seed. The form on updates is slowed by G only after local training; it has FedAvg's
-  rate there, and its own best server learning rate.
+  one grid, found on a pilot seed. The form on updates is slowed by G only after local training: it has FedAvg's
+  rate there, and its own best server learning rate, and so has a FedAvg beside it.
 - *a large step*: learning rate 1 for all.
 - *Adam*: clients train as the authors' do, at one rate for all.
 
@@ -58,17 +58,32 @@ CARD = "pilots of the card, other seeds"
 AVG, LEX, PER_CLIENT, PICTURE = "FedAvg", "FedLEx", "FedLEx, maps per client", "FedLEx, on updates"
 GLOBAL, REFRESHED = "FedLEx, one scale for all tensors", "FedLEx, refreshed"
 SCALED, PERMUTED = "FedAvg, lr x mean(G)", "FedLEx, G permuted"
+SERVER = "FedAvg, server rate tuned"
 LONGER, WARM = "FedAvg, more rounds", "FedAvg, warm start"
 MAP = "exploration"
 
 SHARDS, DIRICHLET, BIG, ADAM = "two classes", "dirichlet", "lr 1", "Adam"
 SYSTEMS = {
-    SHARDS: (AVG, LEX, PER_CLIENT, PICTURE, GLOBAL, REFRESHED, SCALED, PERMUTED, LONGER, WARM),
+    SHARDS: (
+        AVG,
+        SERVER,
+        LEX,
+        PER_CLIENT,
+        PICTURE,
+        GLOBAL,
+        REFRESHED,
+        SCALED,
+        PERMUTED,
+        LONGER,
+        WARM,
+    ),
     DIRICHLET: (AVG, LEX, SCALED, PERMUTED),
     BIG: (AVG, LEX, SCALED, PERMUTED),
     ADAM: (AVG, LEX, PER_CLIENT, PICTURE, WARM),
 }
 """What runs in which setting."""
+AT_SERVER = (SERVER, PICTURE)
+"""Systems that have FedAvg's learning rate and whose server rate is tuned."""
 PREFIX = {SHARDS: "", DIRICHLET: "Dirichlet: ", BIG: "lr 1: ", ADAM: "Adam: "}
 """What the names of systems begin with in tables and curves."""
 
@@ -85,6 +100,7 @@ def method(cell: Cell) -> Method:
     rules: dict[str, Any] = {"normalize": "after_mean", "adaptive": "allow" if adam else "refuse"}
     made: dict[str, Callable[[], Method]] = {
         AVG: lambda: base,
+        SERVER: lambda: base,
         LONGER: lambda: base,
         WARM: lambda: WarmStart(local, cell["scale"], MOMENTUM, warm=explorer),
         LEX: lambda: FedLEx(base, explorer, **rules),
@@ -103,6 +119,8 @@ def _federation(split: str, seed: int) -> tuple[Clients, data.Images]:
     whole, test = data.load("mnist-5k", "train"), data.load("mnist-5k", "test")
     assert isinstance(whole, data.Images)
     assert isinstance(test, data.Images)
+    moments = whole.moments()
+    whole, test = whole.normalised(*moments), test.normalised(*moments)
     if split == DIRICHLET:
         return Clients(whole, data.dirichlet(whole.y, CLIENTS, ALPHA, seed)), test
     return Clients(whole, data.shards(whole.y, CLIENTS, 2, seed)), test
@@ -221,7 +239,7 @@ def _setting(lab: Lab, setting: str) -> Runs:
     for system in systems:
         if system == LONGER:
             rates[system] = rates[AVG]
-        elif system == PICTURE:
+        elif system in AT_SERVER:
             lr = rates[AVG][0]
             rates[system] = lr, _tuned(lab, _cell(lab, setting, system, 0, lr), "scale", SCALES)
         elif fixed is not None:
@@ -237,11 +255,15 @@ def _tuned(lab: Lab, cell: Cell, name: str, grid: Sequence[float]) -> float:
 
 # Claims
 
-NO_GAIN = (
-    "At its best learning rate guidance buys nothing: FedAvg at its own best rate, FedAvg with its rate times "
-    "mean(G), and FedLEx with G permuted are as good or better. What G does is to shorten steps, and a "
-    "learning rate does that without the entries that it freezes."
-)
+
+def _no_gain(runs: Runs) -> str:
+    """Why there is no gain, in the figures of the controls."""
+    avg, lex, scaled, permuted = (fmean(runs.scores(system)) for system in (AVG, LEX, SCALED, PERMUTED))
+    return (
+        f"What G does is to shorten steps, and tuning the learning rate does that as well. All at their best "
+        f"rates: FedAvg {avg:.1f} %, with lr x mean(G) {scaled:.1f} %, FedLEx {lex:.1f} %, with G permuted "
+        f"{permuted:.1f} %."
+    )
 
 
 def _exact(maps: Sequence[Record]) -> list[Claim]:
@@ -292,15 +314,15 @@ def _claims(settings: Mapping[str, Runs], maps: Sequence[Record]) -> list[Claim]
         )  # fmt: skip
 
     forms = (LEX, PER_CLIENT, PICTURE, REFRESHED)
-    best, rival = shards.best(forms), shards.best((AVG, SCALED, PERMUTED))
+    best, rival = shards.best(forms), shards.best((AVG, SERVER, SCALED, PERMUTED))
     ours = "the paper's sentence: more accurate"
     return [
         lead("gain.gradient", "tuned, FedLEx on gradients is more accurate than FedAvg", shards, LEX, AVG, 0.0,
-             threshold=ours, reason=NO_GAIN),
-        lead("gain.update", "and FedLEx on updates is", shards, PICTURE, AVG, 0.0, threshold=ours,
-             reason=NO_GAIN),
-        lead("gain.dirichlet", "and with Dirichlet 0.2 FedLEx on gradients is", mixed, LEX, AVG, 0.0,
-             threshold=ours, reason=NO_GAIN),
+             threshold=ours, reason=_no_gain(shards)),
+        lead("gain.update", "and FedLEx on updates than FedAvg with a tuned server rate", shards, PICTURE,
+             SERVER, 0.0, threshold=ours, reason=_no_gain(shards)),
+        lead("gain.dirichlet", "and with Dirichlet 0.2 FedLEx on gradients than FedAvg", mixed, LEX, AVG, 0.0,
+             threshold=ours, reason=_no_gain(mixed)),
         lead("control.all", f"the best form ({best}) over the best of FedAvg and the controls ({rival})",
              shards, best, rival),
         lead("control.scaled", "FedLEx over FedAvg with lr x mean(G), both tuned", shards, LEX, SCALED),
@@ -310,8 +332,9 @@ def _claims(settings: Mapping[str, Runs], maps: Sequence[Record]) -> list[Claim]
         lead("control.warm", "FedLEx over a warm start by as much training", shards, LEX, WARM),
         lead("large", "at a learning rate of 1 FedLEx is far more accurate than FedAvg", big, LEX, AVG, 30.0,
              "card, section 6"),
-        lead("large.scaled", "there, FedAvg with lr x mean(G) is at least as accurate as FedLEx",
-             big, SCALED, LEX, 0.0, "card, section 6"),
+        lead("large.scaled", "and so is FedAvg with lr x mean(G): it is the smaller step", big, SCALED, AVG,
+             30.0, "card, section 6"),
+        lead("large.lead", "there, FedLEx over FedAvg with lr x mean(G)", big, LEX, SCALED),
         lead("large.permuted", "there, FedLEx over FedLEx with G permuted", big, LEX, PERMUTED),
         Claim(
             "adam.cancels", "with Adam on gradients, how far two different G are apart", "card, section 4",
@@ -337,7 +360,7 @@ def _table(settings: Sequence[Runs], maps: Sequence[Record]) -> list[Row]:
                 Row(name, "sent by all", "MB", [(r["up"][-1] + r["down"][-1]) / 1e6 for r in records]),
                 Row(name, "gradients", "1000", [r["grad"][-1] / 1e3 for r in records]),
                 Row(name, "learning rate", "", [runs.rates[system][0]]),
-                *([Row(name, "server rate", "", [runs.rates[system][1]])] if system == PICTURE else []),
+                *([Row(name, "server rate", "", [runs.rates[system][1]])] if system in AT_SERVER else []),
             ]
     return [
         *rows,
