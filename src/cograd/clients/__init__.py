@@ -4,6 +4,7 @@ from cograd.clients.aglfop import AGLFOP, ClientJoint
 from cograd.clients.fedcac import FedCAC, critical_mask, mask_overlap
 from cograd.clients.fedfix import FedFix
 from cograd.clients.fedld import FedLD, MarginControl, PrincipalGradient, loss_decomposition
+from cograd.clients.fedlex import FedLEx, LocalAdam, guidance_matrix, scale_gradients, squared_travel
 from cograd.clients.fedspeed import FedSpeed, ProxCorrectedSAM
 
 __all__ = [
@@ -12,11 +13,16 @@ __all__ = [
     "FedCAC",
     "FedFix",
     "FedLD",
+    "FedLEx",
     "FedSpeed",
+    "LocalAdam",
     "MarginControl",
     "PrincipalGradient",
     "ProxCorrectedSAM",
     "critical_mask",
+    "guidance_matrix",
     "loss_decomposition",
     "mask_overlap",
+    "scale_gradients",
+    "squared_travel",
 ]

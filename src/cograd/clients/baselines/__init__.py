@@ -1,4 +1,4 @@
-"""What federated methods are compared with: published methods that are not among the library's own, by the same
+"""What federated methods are compared with: published methods that are not among the library"s own, by the same
 protocol."""
 
 from cograd.clients.baselines.fedadam import FedAdam
@@ -9,8 +9,11 @@ from cograd.clients.baselines.fedper import FedPer
 from cograd.clients.baselines.fedrep import FedRep
 from cograd.clients.baselines.fine_tuned import FineTuned
 from cograd.clients.baselines.local_only import LocalOnly
+from cograd.clients.baselines.mean_guided import MeanGuided
 from cograd.clients.baselines.pcgrad import PCGrad
+from cograd.clients.baselines.permuted_guidance import PermutedGuidance
 from cograd.clients.baselines.scaffold import Scaffold
+from cograd.clients.baselines.warm_start import WarmStart
 
 __all__ = [
     "FedAdam",
@@ -21,6 +24,9 @@ __all__ = [
     "FedRep",
     "FineTuned",
     "LocalOnly",
+    "MeanGuided",
     "PCGrad",
+    "PermutedGuidance",
     "Scaffold",
+    "WarmStart",
 ]
