@@ -1,6 +1,8 @@
 """What federated methods are compared with: published methods that are not among the library's own, by the same
 protocol."""
 
+from cograd.clients.baselines.centaur import CENTAUR
+from cograd.clients.baselines.dp_fedavg import DPFedAvg, Privacy
 from cograd.clients.baselines.fedadam import FedAdam
 from cograd.clients.baselines.fedasync import FedAsync
 from cograd.clients.baselines.fedavg import FedAvg
@@ -9,9 +11,13 @@ from cograd.clients.baselines.fedper import FedPer
 from cograd.clients.baselines.fedrep import FedRep
 from cograd.clients.baselines.fine_tuned import FineTuned
 from cograd.clients.baselines.local_only import LocalOnly
+from cograd.clients.baselines.ppsgd import PPSGD
 from cograd.clients.baselines.scaffold import Scaffold
 
 __all__ = [
+    "CENTAUR",
+    "PPSGD",
+    "DPFedAvg",
     "FedAdam",
     "FedAsync",
     "FedAvg",
@@ -20,5 +26,6 @@ __all__ = [
     "FedRep",
     "FineTuned",
     "LocalOnly",
+    "Privacy",
     "Scaffold",
 ]
