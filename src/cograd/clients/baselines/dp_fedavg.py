@@ -92,7 +92,7 @@ class Privacy:
             rows = per_example(ctx.model, v, x, y)
             plain = torch.zeros_like(v) if alone else rows.sum(0).masked_fill_(part, 0.0)
             rows.mul_(part)
-            total = plain + rows.t() @ (self.clip / rows.norm(dim=1).clamp_min(TINY)).clamp_max(1.0)
+            total: Tensor = plain + rows.t() @ (self.clip / rows.norm(dim=1).clamp_min(TINY)).clamp_max(1.0)
             if sigma:
                 total += draws.normal(len(v)).to(v) * part * (sigma * self.clip)
             return total.div_(local.batch_size).addcmul_(v, decayed)

@@ -3,8 +3,8 @@
     ViT, after each block:      u + LayerNorm(Up(ReLU(Down(u))))        6 tensors, generated
     ResNet, after each stage:   BatchNorm(x + Conv1x1(BatchNorm(x)))    5 tensors, generated
 
-`adapt` puts them in. What is then trainable are the adapters, which `HyperFL` generates, and whatever classifier
-is put on top, which is private.
+`adapt` puts them in. What is then trainable are the adapters, which `HyperFL` generates, and whatever
+classifier is put on top, which is private.
 """
 
 from __future__ import annotations

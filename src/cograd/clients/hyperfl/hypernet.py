@@ -55,7 +55,8 @@ class HyperNet:
         for segment in self.generated:
             if shapes.get(segment.name) != segment.shape:
                 raise ValueError(
-                    f"generated must hold tensors of the model; {segment.name!r} of shape {segment.shape} is none"
+                    "generated must hold tensors of the model; "
+                    f"{segment.name!r} of shape {segment.shape} is none"
                 )
         if not 0 < len(self.generated) < len(self.model):
             raise ValueError(
@@ -71,8 +72,8 @@ class HyperNet:
 
     @cached_property
     def space(self) -> ParamSpace:
-        """Phi: ``hidden.weight`` (H, E), ``hidden.bias`` (H,), then ``NAME.U`` (P_k, H) of all generated tensors,
-        then ``NAME.c`` (P_k,) of all of them."""
+        """Phi: ``hidden.weight`` (H, E), ``hidden.bias`` (H,), then ``NAME.U`` (P_k, H) of all generated
+        tensors, then ``NAME.c`` (P_k,) of all of them."""
         heads = {f"{s.name}.U": (s.numel, self.hidden) for s in self.generated}
         offsets = {f"{s.name}.c": (s.numel,) for s in self.generated}
         first = {"hidden.weight": (self.hidden, self.embedding), "hidden.bias": (self.hidden,)}
@@ -100,9 +101,10 @@ class HyperNet:
     def initial(self, theta: Tensor, draws: Stream, init: str, scale: float) -> Tensor:
         """Phi before round 0.
 
-        ``paper``: linear layers as torch makes them, uniform within 1 / sqrt(fan-in). Entries of theta then have
-        a standard deviation of about a quarter in every layer, which suits none. ``target_scaled``: c is
-        ``theta`` (P,), an ordinary initialisation of the generated tensors, and U is ``scale`` times the paper's.
+        ``paper``: linear layers as torch makes them, uniform within 1 / sqrt(fan-in). Entries of theta then
+        have a standard deviation of about a quarter in every layer, which suits none. ``target_scaled``: c is
+        ``theta`` (P,), an ordinary initialisation of the generated tensors, and U is ``scale`` times the
+        paper's.
         """
         phi = (2 * draws.uniform(self.numel) - 1).to(theta)
         weights = self.weights(phi)
@@ -117,8 +119,8 @@ class HyperNet:
 
 
 class Weights(NamedTuple):
-    """Phi as the matrices and vectors it is made of: ``weight`` W1 (H, E), ``bias`` b1 (H,), ``heads`` U (P, H),
-    ``offsets`` c (P,)."""
+    """Phi as the matrices and vectors it is made of: ``weight`` W1 (H, E), ``bias`` b1 (H,), ``heads`` U
+    (P, H), ``offsets`` c (P,)."""
 
     weight: Tensor
     bias: Tensor

@@ -7,8 +7,8 @@ outer products (`hypernet`), and an outer product tells its factors where a bias
 
 Nothing is hidden but the classifier, and the attacks on gradients of theta go on from here. If the first layer
 of the extractor is linear and the batch a single example, its input is an outer product's factor, too
-(`first_input`). Several local steps blur the picture: g is a sum of outer products, `Leak.share` says how nearly
-it is one, and s, theta, v are then weighted means over the steps.
+(`first_input`). Several local steps blur the picture: g is a sum of outer products, `Leak.share` says how
+nearly it is one, and s, theta, v are then weighted means over the steps.
 """
 
 from __future__ import annotations
@@ -29,8 +29,8 @@ class Leak:
     """What was recovered.
 
     ``units`` s (H,), ``theta`` (P,) the extractor, ``gradient`` G (P,) of the loss at it, ``v`` (E,) the
-    embedding as far as the clip and zero units let it through: None if no hidden unit is active. ``share`` of the
-    heads' gradient, in 0 .. 1, is the outer product of G and s: 1 after one step.
+    embedding as far as the clip and zero units let it through: None if no hidden unit is active. ``share`` of
+    the heads' gradient, in 0 .. 1, is the outer product of G and s: 1 after one step.
 
     If the gradient was clipped, G is that much too short: its direction is what attacks match.
     """
@@ -72,7 +72,8 @@ def directions(
     """Directions of G (P,) and of s (H,), unit vectors, from the heads U alone: a hypernetwork without biases
     would hide nothing but their lengths.
 
-    They are the first pair of singular vectors of the heads' gradient. Arguments and errors are those of `leak`.
+    They are the first pair of singular vectors of the heads' gradient. Arguments and errors are those of
+    `leak`.
     """
     heads = _gradient(net, phi, delta, lr, weight_decay).heads
     _, vectors = torch.linalg.eigh((heads.t() @ heads).double())  # H x H numbers rather than P x H

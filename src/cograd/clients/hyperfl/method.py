@@ -52,8 +52,8 @@ class HyperFL(Synchronous):
         secret: draw embeddings from the operating system's random numbers. Otherwise they follow from the
             session's seed, so that runs can be repeated; on real nodes the server knows that seed.
 
-    The state of a client is its embedding ``v`` (E,) and its classifier ``h``, in the model's order. There is no
-    global model: `model` is what v = 0 generates, with the initial classifier. Momentum starts anew in each
+    The state of a client is its embedding ``v`` (E,) and its classifier ``h``, in the model's order. There is
+    no global model: `model` is what v = 0 generates, with the initial classifier. Momentum starts anew in each
     phase of each round.
 
     Raises ValueError for an argument out of range, and in a session for a classifier that is nothing,
@@ -99,7 +99,7 @@ class HyperFL(Synchronous):
 
     def train(self, state: State, content: Content, data: Any, ctx: ClientContext) -> tuple[State, Content]:
         """The client's round: its state is ``v`` and ``h``, its reply the change of Phi."""
-        mine = self._entries(ctx.model.space)
+        mine = self.entries(ctx.model.space)
         if "v" not in state:
             _refuse_tied(ctx.model.module, self.hypernet(ctx.model.space))
             draws = stream(secrets.randbits(128)) if self.secret else ctx.stream("embedding")
@@ -162,19 +162,18 @@ class HyperFL(Synchronous):
             raise ValueError(f"batch must hold at most {size} examples, one minibatch; got {len(x)}")
         loss = _loss(ctx, self.hypernet(ctx.model.space), x, y)
 
-        def generated(phi: Tensor, v: Tensor, h: Tensor) -> Tensor:
-            return loss(self._weights(phi).generate(v), h)
-
-        phi, v, h = public["x"], params["v"], params["h"]
+        phi, v = public["x"], params["v"]
         theta = self._weights(phi).generate(v)
-        (h,) = _replay(self.head, ctx, len(x), [h], lambda h: (grad(loss, 1)(theta, h),))
-        phi, v = _replay(self.local, ctx, len(x), [phi, v], lambda *at: grad(generated, (0, 1))(*at, h))
+        by_head = grad(lambda h: loss(theta, h))
+        (h,) = _replay(self.head, ctx, len(x), [params["h"]], lambda h: (by_head(h),))
+        by_phi = grad(lambda phi, v: loss(self._weights(phi).generate(v), h), (0, 1))
+        phi, v = _replay(self.local, ctx, len(x), [phi, v], by_phi)
         return {"delta": phi - public["x"]}
 
     # The server
 
     def start(self, session: Session) -> State:
-        net, mine = self.hypernet(session.space), self._entries(session.space)
+        net, mine = self.hypernet(session.space), self.entries(session.space)
         draws = session.stream("hypernetwork")
         phi = net.initial(session.initial[~mine], draws, self.init, self.scale)
         return {"round": 0, "x": phi, "start": session.initial.clone(), "mine": mine}
@@ -188,8 +187,8 @@ class HyperFL(Synchronous):
         return self.personal(server, {}, 0)
 
     def personal(self, server: State, client: State, number: int) -> Tensor:
-        """What the averaged Phi generates from the client's embedding, with its classifier; `model` for a client
-        that has not taken part yet, as it has neither."""
+        """What the averaged Phi generates from the client's embedding, with its classifier; `model` for a
+        client that has not taken part yet, as it has neither."""
         whole: Tensor = server["start"].clone()
         v = client.get("v", server["x"].new_zeros(self.embedding))
         whole[~server["mine"]] = self._weights(server["x"]).generate(v)
@@ -197,7 +196,7 @@ class HyperFL(Synchronous):
             whole[server["mine"]] = client["h"]
         return whole
 
-    def _entries(self, space: ParamSpace) -> Tensor:
+    def entries(self, space: ParamSpace) -> Tensor:
         """Which entries of the model are the classifier: bool (numel,)."""
         return FedPer(self.local, private=self.private).entries(space)
 
