@@ -1,7 +1,7 @@
 """What can be seen of one image that a client trained on: the attacks of HyperFL's comparison.
 
-The client holds one image and trains an untrained network on it for one step of each phase. Attackers read its
-real message. They know the label.
+The client holds one image and trains an untrained network on it for one step. Attackers read its real message.
+They know the label.
 
 - *FedAvg*: the whole model's update.
 - *naive*: the update of Phi; the attacker draws an embedding and a classifier of its own, and replays the
@@ -34,6 +34,9 @@ from cograd.engines.federated.training import LocalSGD
 
 ITERATIONS, RESTARTS, PIXEL_STEP, FEATURE_STEP, VARIATION = 600, 2, 0.1, 0.02, 1e-4
 ONE_STEP = LocalSGD(lr=0.1, batch_size=1)
+UNTRAINED = LocalSGD(lr=1e-6, batch_size=1)
+"""Phase 1: the classifier is as untrained as FedAvg's. At the paper's rate one step may learn a single image by
+heart, and a loss of zero has no gradient; that would be no merit of the hypernetwork."""
 
 
 def invert(
@@ -102,7 +105,7 @@ class Victims:
         self.method: Any = FedAvg(ONE_STEP)
         if init is not None:
             self.method = HyperFL(
-                ONE_STEP, ONE_STEP, private=("classifier",), embedding=embedding, hidden=hidden, init=init
+                ONE_STEP, UNTRAINED, private=("classifier",), embedding=embedding, hidden=hidden, init=init
             )
         session = Session(self.model.space, self.initial, [1] * n, seed, lambda round: list(range(n)))
         self.sent: Tensor = self.method.start(session)["x"]
