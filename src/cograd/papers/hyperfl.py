@@ -51,6 +51,8 @@ DOMINANT = ((0, 1, 2), (2, 3, 4), (4, 5, 6), (6, 7, 8), (8, 9, 0))
 ROUNDS, LAST, HEAD_EPOCHS, BODY_EPOCHS, BATCH = 40, 5, 1, 3, 20
 MOMENTUM, WEIGHT_DECAY, CLIP, HEAD_LR = 0.5, 5e-4, 50.0, 0.1
 EMBEDDING, HIDDEN, PAPER_EMBEDDING, PAPER_HIDDEN = 32, 32, 64, 128
+ATTACKED = 8
+"""E and H of the hypernetwork under attack: neither changes what is recovered, and naive attacks cost H."""
 EPSILON, DELTA, PRIVATE_CLIP = 4.0, 1e-5, 0.04
 GRID, PILOT_SEEDS = (0.03, 0.1, 0.3), (100,)
 IMAGES = 4
@@ -202,7 +204,7 @@ def attack(cell: Cell, report: Report) -> Record:
     images, seed = _images(), cell["seed"]
     rows = stream(seed, "attacked images").choice(len(images), IMAGES)
     x, y = images.x[rows], images.y[rows]
-    victims = partial(Victims, seed=seed, embedding=EMBEDDING, hidden=HIDDEN)
+    victims = partial(Victims, seed=seed, embedding=ATTACKED, hidden=ATTACKED)
     if cell["system"] == CLOSED:
         exact = victims(mlp, x.double(), y, "paper")
         single = victims(mlp, x, y, "paper")

@@ -106,6 +106,7 @@ class HyperNet:
         ``theta`` (P,), an ordinary initialisation of the generated tensors, and U is ``scale`` times the
         paper's.
         """
+        check(("init", init, f"one of {', '.join(INITS)}", init in INITS))
         phi = (2 * draws.uniform(self.numel) - 1).to(theta)
         weights = self.weights(phi)
         for part in weights[:2]:

@@ -29,8 +29,8 @@ class Leak:
     """What was recovered.
 
     ``units`` s (H,), ``theta`` (P,) the extractor, ``gradient`` G (P,) of the loss at it, ``v`` (E,) the
-    embedding as far as the clip and zero units let it through: None if no hidden unit is active. ``share`` of
-    the heads' gradient, in 0 .. 1, is the outer product of G and s: 1 after one step.
+    embedding, or None if no hidden unit that is active has a gradient. ``share`` of the heads' gradient, in
+    0 .. 1, is an outer product with G: 1 after one step.
 
     If the gradient was clipped, G is that much too short: its direction is what attacks match.
     """
