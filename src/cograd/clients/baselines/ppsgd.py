@@ -5,8 +5,8 @@ noise.
             the same examples; keep h_i, send the change of x
     server: as FedAvg
 
-With nothing private it is DP-FedAvg. The paper clips and hides whole clients; here, as in the comparisons of the
-literature, single examples. The noise then hides an example's own gradients in x; through h_i, which learns
+With nothing private it is DP-FedAvg. The paper clips and hides whole clients; here, as in the comparisons of
+the literature, single examples. The noise then hides an example's own gradients in x; through h_i, which learns
 without noise, it also acts on those of other examples, which the accounting does not cover. Take epsilon for a
 measure of the noise.
 """
