@@ -6,6 +6,7 @@ from cograd.clients.fedfix import FedFix
 from cograd.clients.fedld import FedLD, MarginControl, PrincipalGradient, loss_decomposition
 from cograd.clients.fedlex import FedLEx, LocalAdam, guidance_matrix, scale_gradients, squared_travel
 from cograd.clients.fedspeed import FedSpeed, ProxCorrectedSAM
+from cograd.clients.hyperfl import HyperFL
 
 __all__ = [
     "AGLFOP",
@@ -15,6 +16,7 @@ __all__ = [
     "FedLD",
     "FedLEx",
     "FedSpeed",
+    "HyperFL",
     "LocalAdam",
     "MarginControl",
     "PrincipalGradient",

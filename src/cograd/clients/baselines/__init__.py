@@ -1,6 +1,8 @@
 """What federated methods are compared with: published methods that are not among the library"s own, by the same
 protocol."""
 
+from cograd.clients.baselines.centaur import CENTAUR
+from cograd.clients.baselines.dp_fedavg import DPFedAvg, Privacy
 from cograd.clients.baselines.fedadam import FedAdam
 from cograd.clients.baselines.fedasync import FedAsync
 from cograd.clients.baselines.fedavg import FedAvg
@@ -12,10 +14,14 @@ from cograd.clients.baselines.local_only import LocalOnly
 from cograd.clients.baselines.mean_guided import MeanGuided
 from cograd.clients.baselines.pcgrad import PCGrad
 from cograd.clients.baselines.permuted_guidance import PermutedGuidance
+from cograd.clients.baselines.ppsgd import PPSGD
 from cograd.clients.baselines.scaffold import Scaffold
 from cograd.clients.baselines.warm_start import WarmStart
 
 __all__ = [
+    "CENTAUR",
+    "PPSGD",
+    "DPFedAvg",
     "FedAdam",
     "FedAsync",
     "FedAvg",
@@ -27,6 +33,7 @@ __all__ = [
     "MeanGuided",
     "PCGrad",
     "PermutedGuidance",
+    "Privacy",
     "Scaffold",
     "WarmStart",
 ]
