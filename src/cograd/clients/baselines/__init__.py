@@ -9,6 +9,7 @@ from cograd.clients.baselines.fedper import FedPer
 from cograd.clients.baselines.fedrep import FedRep
 from cograd.clients.baselines.fine_tuned import FineTuned
 from cograd.clients.baselines.local_only import LocalOnly
+from cograd.clients.baselines.power_of_choice import PowerOfChoice
 from cograd.clients.baselines.scaffold import Scaffold
 
 __all__ = [
@@ -20,5 +21,6 @@ __all__ = [
     "FedRep",
     "FineTuned",
     "LocalOnly",
+    "PowerOfChoice",
     "Scaffold",
 ]
