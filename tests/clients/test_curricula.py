@@ -595,7 +595,7 @@ def test_a_mix_a_client_has_the_balance_that_was_asked_for():
     report = even.report(labels)
     assert report.total_variation < 0.05 < 0.5 < skewed.report(labels).total_variation
     with pytest.raises(ValueError, match=r"min_size must be one that beta can give: in 1000 draws"):
-        dirichlet_by_client(labels[:200], 20, 0.001, 0)
+        dirichlet_by_client(torch.arange(200) % 2, 3, 0.001, 0, min_size=60)
 
 
 # What is refused.
