@@ -470,6 +470,17 @@ def test_scoring_costs_a_model_to_everybody_and_a_number_back(judge, up):
     assert scored.tally.work["forward"] == (1 + judges) * sum(map(len, clients()))
 
 
+def test_rounds_are_those_that_spend_the_updates():
+    for updates in (7, 18, 30):
+        plan = cc("random", updates=updates)
+        rounds = plan.rounds(6, 4)
+        sim = run(Curriculum(FedAvg(LOCAL), clients=plan), rounds=rounds, sampler=Uniform(count=4))
+        spent = [len(row.participants) for row in sim.history]
+        assert sum(spent) >= updates > sum(spent) - int(sim.history[-1].reports["pool"])
+        assert sim.server["curriculum.at"] == 0  # the last pool is completed, and the next one there
+    assert cc(pacing=FULL, updates=30).rounds(6, 2) == 15
+
+
 def test_with_a_full_pool_all_train_equally_often():
     sim = run(Curriculum(FedAvg(LOCAL), clients=cc(pacing=FULL)), rounds=9, sampler=Uniform(count=2))
     often = torch.zeros(6)
@@ -595,7 +606,7 @@ def test_a_mix_a_client_has_the_balance_that_was_asked_for():
     report = even.report(labels)
     assert report.total_variation < 0.05 < 0.5 < skewed.report(labels).total_variation
     with pytest.raises(ValueError, match=r"min_size must be one that beta can give: in 1000 draws"):
-        dirichlet_by_client(torch.arange(200) % 2, 3, 0.001, 0, min_size=60)
+        dirichlet_by_client(torch.arange(200) % 2, 3, 1e-7, 0, min_size=60)
 
 
 # What is refused.

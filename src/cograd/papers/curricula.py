@@ -1,7 +1,8 @@
 """Curricula on skewed and on balanced labels: of samples within a round, of clients along the rounds.
 
 CIFAR-5k at 16 x 16 pixels among 40 clients of 100 images, 8 of them a round, an MLP (768-64-10), minibatches of
-10, momentum 0.9, 40 rounds of 50 local steps each (4 epochs by the released code's count). Three federations:
+10, momentum 0.9, 40 rounds of 50 local steps each (4 epochs by the released code's count), or as many client
+updates where a client curriculum makes rounds of fewer clients. Three federations:
 
 - *two labels*: each client holds two runs of the images sorted by label; all systems.
 - *balanced*: the same images dealt at random; the control, for what the paper's title asks.
@@ -18,7 +19,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
-from itertools import pairwise
+from itertools import accumulate, pairwise
 from pathlib import Path
 from statistics import fmean
 from typing import TYPE_CHECKING, Any
@@ -36,7 +37,7 @@ from cograd.core.claim import Claim, Curve, Row
 from cograd.core.streams import seed_for
 from cograd.data.clients import Clients
 from cograd.engines.federated.local import LocalModel
-from cograd.engines.federated.protocol import ClientContext, Content, Method, Session, State
+from cograd.engines.federated.protocol import ClientContext, Content, Session, State
 from cograd.engines.federated.samplers import Everyone, Uniform
 from cograd.engines.federated.simulation import Simulation
 from cograd.engines.federated.training import LocalSGD
@@ -85,17 +86,18 @@ SYSTEMS = {
 class Traced(FedAvg):
     """FedAvg that notes how many took part, and how far changes lie from their mean, over its length."""
 
-    trace: list[dict[str, float]] = field(default_factory=list, repr=False)
+    members: list[int] = field(default_factory=list, repr=False)
+    drift: list[float] = field(default_factory=list, repr=False)
 
     def close(self, server: State, replies: Mapping[int, Content], session: Session) -> None:
         changes = torch.stack([reply["delta"] for reply in replies.values()])
         mean = changes.mean(0)
-        apart = (changes - mean).square().sum(1).mean().sqrt()
-        self.trace.append({"members": float(len(replies)), "drift": float(apart / mean.norm())})
+        self.members.append(len(replies))
+        self.drift.append(float((changes - mean).square().sum(1).mean().sqrt() / mean.norm()))
         super().close(server, replies, session)
 
 
-def method(system: str, lr: float, updates: int, expert: Expert | None) -> Method:
+def method(system: str, lr: float, updates: int, expert: Expert | None) -> Curriculum:
     """A system of the comparison; ``updates`` are its planned client updates."""
     local = LocalSGD(lr, EPOCHS, BATCH, momentum=MOMENTUM, weight_decay=WEIGHT_DECAY)
     plain = replace(local, momentum=0.0)
@@ -103,7 +105,7 @@ def method(system: str, lr: float, updates: int, expert: Expert | None) -> Metho
     hard = replace(pool, order="hard_first")
     # SCAFFOLD's control variate is made for one learning rate
     steady, steady_easy = (replace(cur, cooling=0.0) for cur in (WHOLE, EASY_FIRST))
-    made: dict[str, Callable[[], Method]] = {
+    made: dict[str, Callable[[], Curriculum]] = {
         PLAIN: lambda: Curriculum(Traced(local), WHOLE),
         EASY: lambda: Curriculum(Traced(local), EASY_FIRST),
         RANDOM: lambda: Curriculum(Traced(local), ANY),
@@ -182,14 +184,15 @@ def compute(cell: Cell, report: Report) -> Record:
     members = len(sampler(0, clients, seed))
     expert = trained_expert(split, clients, seed) if system == BY_EXPERT else None
     chosen = method(system, cell["lr"], cell["rounds"] * members, expert)
+    rounds = cell["rounds"] if chosen.clients is None else chosen.clients.rounds(clients, members)
     record = train(
-        chosen, lambda: model(split), held, seed=seed, rounds=cell["rounds"], report=report, sampler=sampler,
-        test=test,
-    )  # fmt: skip
+        chosen, lambda: model(split), held, seed=seed, rounds=rounds, report=report, sampler=sampler, test=test
+    )
     record |= {"clients": clients, "pure": purity(held, split, seed)}
-    assert isinstance(chosen, Curriculum)
-    if isinstance(chosen.method, Traced) and chosen.method.trace:
-        record |= {name: [row[name] for row in chosen.method.trace] for name in chosen.method.trace[0]}
+    took_part = [members] * rounds
+    if isinstance(chosen.method, Traced):
+        record["drift"], took_part = chosen.method.drift, chosen.method.members
+    record["updates"] = list(accumulate(took_part))
     return record
 
 
@@ -309,7 +312,7 @@ def _exact(runs: Runs) -> list[Claim]:
 def _over_formula(record: Record) -> float:
     """Bytes up over what they must be, given the passes that the bytes down tell."""
     model_bytes = 4 * sum((inputs + 1) * outputs for inputs, outputs in pairwise((768, HIDDEN, 10)))
-    updates = sum(record["members"])
+    updates = record["updates"][-1]
     passes = (record["down"][-1] / model_bytes - updates) / record["clients"]
     over: float = record["up"][-1] / (model_bytes * updates + 4 * record["clients"] * round(passes))
     return over if passes == round(passes) else 0.0
@@ -390,7 +393,9 @@ def _table(runs: Runs, prefix: str) -> list[Row]:
 
 def _curves(runs: Runs, prefix: str) -> list[Curve]:
     return [
-        Curve(prefix + system, ACCURACY, "round", records[0]["round"], [r["accuracy"] for r in records])
+        Curve(
+            prefix + system, ACCURACY, "client updates", records[0]["updates"], [r["accuracy"] for r in records]
+        )
         for system, records in runs.records.items()
     ]
 
@@ -410,7 +415,7 @@ PANELS = (
 
 
 def draw(result: dict[str, Any], path: Path) -> None:
-    """Accuracy along the rounds: orders of samples on two splits, and orders of clients."""
+    """Accuracy along the training: orders of samples on two splits, and orders of clients."""
     from cograd.papers._plot import figure
 
     curves = {c["system"]: c for c in result["curves"]}
@@ -421,7 +426,7 @@ def draw(result: dict[str, Any], path: Path) -> None:
             for system, colour in colours.items():
                 if (curve := curves.get(prefix + system)) is not None:
                     ax.plot(curve["x"], _smooth(curve["mean"]), color=colour, label=system)
-            ax.set(xlabel="round", title=title)
+            ax.set(xlabel="client updates", title=title)
             ax.legend(frameon=False, fontsize=8, loc="lower right")
         axes[0].set(ylabel="test accuracy of the global model, %")
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, is_dataclass, replace
@@ -59,6 +60,18 @@ class ClientCurriculum(Difficulty):
     def __post_init__(self) -> None:
         super().__post_init__()
         check(("updates", self.updates, ">= 1", self.updates >= 1))
+
+    def rounds(self, clients: int, participants: int) -> int:
+        """Rounds until the planned updates are done, the last pool being completed.
+
+        They are more than updates / participants where a pool is no multiple of the participants: its last
+        group is smaller.
+        """
+        rounds = done = 0
+        while done < self.updates:
+            pool = self.pacing.size(done, self.updates, clients)
+            rounds, done = rounds + math.ceil(pool / participants), done + pool
+        return rounds
 
 
 @dataclass(frozen=True, eq=False)
