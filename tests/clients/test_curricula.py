@@ -513,6 +513,34 @@ def test_the_easiest_client_is_in_the_first_pool():
         assert sim.history[0].participants == (hard.index(chosen(hard)),)
 
 
+def test_who_does_not_answer_the_scoring_waits_for_the_next_one():
+    def infinite(outputs: Tensor, x: Tensor, y: Tensor) -> Tensor:
+        return outputs[:, 0] * (math.inf if len(y) == 23 else 1.0)  # client 3: its answer is excluded
+
+    method = Curriculum(FedAvg(LOCAL), clients=cc(pacing=FULL, score=infinite))
+    sim = run(method, rounds=6, sampler=Uniform(count=2), nonfinite="exclude")
+    assert {client for row in sim.history for client in row.participants} == {0, 1, 2, 4, 5}
+    assert [set(row.lost) for row in sim.history] == [{3}, set(), set()] * 2
+
+
+def test_an_expert_that_was_lost_is_sent_again():
+    def infinite(outputs: Tensor, x: Tensor, y: Tensor) -> Tensor:
+        return outputs[:, 0] * (math.inf if len(y) == 23 else 1.0)
+
+    expert = Expert(stream(0, "expert").normal(NUMEL))
+    scored = cc(pacing=FULL, judge="expert", score=infinite)
+    sim = run(Curriculum(FedAvg(LOCAL), clients=scored, expert=expert), rounds=6, nonfinite="exclude",
+              sampler=Uniform(count=2))  # fmt: skip
+    plain = run(
+        Curriculum(FedAvg(LOCAL), clients=cc("random", pacing=FULL)), rounds=6, sampler=Uniform(count=2)
+    )
+    members = sum(len(row.participants) for row in sim.history) - sum(
+        len(row.participants) for row in plain.history
+    )
+    models = 2 * 6 + 6 + 1 + members  # two scorings, an expert each, and client 3's once more
+    assert sim.tally.down - plain.tally.down == 4 * NUMEL * models
+
+
 def test_both_curricula_and_an_expert_resume_bit_for_bit(tmp_path):
     method = Curriculum(
         Scaffold(PLAIN),
