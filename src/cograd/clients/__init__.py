@@ -1,6 +1,15 @@
 """Updates shared between federated clients and a server."""
 
 from cograd.clients.aglfop import AGLFOP, ClientJoint
+from cograd.clients.curricula import (
+    ClientCurriculum,
+    Curriculum,
+    DataCurriculum,
+    Expert,
+    PacedSampler,
+    PacedSGD,
+    Pacing,
+)
 from cograd.clients.fedcac import FedCAC, critical_mask, mask_overlap
 from cograd.clients.fedfix import FedFix
 from cograd.clients.fedld import FedLD, MarginControl, PrincipalGradient, loss_decomposition
@@ -10,7 +19,11 @@ from cograd.clients.hyperfl import HyperFL
 
 __all__ = [
     "AGLFOP",
+    "ClientCurriculum",
     "ClientJoint",
+    "Curriculum",
+    "DataCurriculum",
+    "Expert",
     "FedCAC",
     "FedFix",
     "FedLD",
@@ -19,6 +32,9 @@ __all__ = [
     "HyperFL",
     "LocalAdam",
     "MarginControl",
+    "PacedSGD",
+    "PacedSampler",
+    "Pacing",
     "PrincipalGradient",
     "ProxCorrectedSAM",
     "critical_mask",

@@ -14,6 +14,7 @@ from cograd.clients.baselines.local_only import LocalOnly
 from cograd.clients.baselines.mean_guided import MeanGuided
 from cograd.clients.baselines.pcgrad import PCGrad
 from cograd.clients.baselines.permuted_guidance import PermutedGuidance
+from cograd.clients.baselines.power_of_choice import PowerOfChoice
 from cograd.clients.baselines.ppsgd import PPSGD
 from cograd.clients.baselines.scaffold import Scaffold
 from cograd.clients.baselines.warm_start import WarmStart
@@ -33,6 +34,7 @@ __all__ = [
     "MeanGuided",
     "PCGrad",
     "PermutedGuidance",
+    "PowerOfChoice",
     "Privacy",
     "Scaffold",
     "WarmStart",
