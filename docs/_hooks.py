@@ -264,7 +264,12 @@ def commands() -> str:
     """Every command with its arguments and options, as the program declares them."""
     group: Any = typer.main.get_command(cli.app)
     parts = []
-    for name, command in group.commands.items():
+    named = [
+        (f"{name} {sub}".strip(), command)
+        for name, one in group.commands.items()
+        for sub, command in getattr(one, "commands", {"": one}).items()
+    ]
+    for name, command in named:
         arguments = [p for p in command.params if p.param_type_name == "argument"]
         words = " ".join(_word(p) for p in arguments)
         parts.append(f"### cograd {name}\n\n`cograd {name} [options]{' ' + words if words else ''}`\n")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn
@@ -138,56 +138,113 @@ def demo(
     _run(_find("dgc"), "demo", 1, to, None)
 
 
-class Room(StrEnum):
-    """Rooms whose methods can be compared."""
+compare = typer.Typer(
+    no_args_is_help=True, help="Every applicable method of a room under equal conditions. A rerun continues."
+)
+app.add_typer(compare, name="compare")
 
-    machines = "machines"
+Budget = Annotated[float, typer.Option(help="Minutes; fewer means shorter runs, never fewer methods or seeds.")]
+Seeds = Annotated[int, typer.Option(help="Number of seeds.")]
+Images = Annotated[str, typer.Option(help="A data set of images.")]
+Folder = Annotated[Path | None, typer.Option("--out", help="Folder for cells, result and picture.")]
 
 
-@app.command()
-def compare(
-    room: Annotated[Room, typer.Argument(help="The room whose methods are compared.")],
-    data: Annotated[str, typer.Option(help="A data set of images.")] = "mnist-5k",
+@compare.command("machines")
+def compare_machines(
+    data: Images = "mnist-5k",
     model: Annotated[str, typer.Option(help="mlp or softmax.")] = "mlp",
     workers: Annotated[int, typer.Option(help="Worker processes.")] = 4,
     link: Annotated[str, typer.Option(help="Each worker's link, such as 100mbit or 10mbit@20ms.")] = "100mbit",
-    budget: Annotated[float, typer.Option(help="Minutes; fewer means fewer epochs.")] = 20.0,
-    seeds: Annotated[int, typer.Option(help="Number of seeds.")] = 3,
-    to: Annotated[Path | None, typer.Option("--out", help="Folder for cells, result and picture.")] = None,
+    budget: Budget = 20.0,
+    seeds: Seeds = 3,
+    to: Folder = None,
 ) -> None:
-    """Every applicable method of a room on the same data, model, steps and seeds. A rerun continues."""
+    """Machines on one model: accuracy, bytes, seconds on a link, memory, work, on the same data and steps."""
     from cograd.papers import _arena
 
-    folder = to or Path("runs") / f"compare-{room.value}"
+    result = _compared(
+        _arena, lambda: _arena.Setting(data, model, workers, link, budget, seeds), "machines", to
+    )
+    rows = []
+    for row in result["rows"]:
+        sent = row["bytes"] / 1000
+        sizes = (f"{sent:,.{0 if sent >= 1000 else 1}f}", f"{row['link_seconds']:,.2f}")
+        rows.append((_spread(row, "accuracy"), *sizes, f"{row['memory'] / 1000:,.0f}", row["work"]))
+    _print_compared(result, ("accuracy, %", "kB sent", "link, s", "kept, kB", "work"), rows)
+
+
+@compare.command("clients")
+def compare_clients(
+    data: Images = "cifar10",
+    model: Annotated[str, typer.Option(help="mlp or cnn.")] = "mlp",
+    alpha: Annotated[float, typer.Option(help="Of the Dirichlet split; small is heterogeneous.")] = 0.1,
+    clients: Annotated[int, typer.Option(help="Number of clients.")] = 100,
+    participation: Annotated[float, typer.Option(help="Share of the clients in a round.")] = 0.1,
+    budget: Budget = 20.0,
+    seeds: Seeds = 3,
+    to: Folder = None,
+) -> None:
+    """Federated clients: accuracy of the global model and on clients' own tests, rounds and bytes, at equal
+    gradient evaluations."""
+    from cograd.papers import _compare_clients as arena
+
+    setting = lambda: arena.Setting(data, model, alpha, clients, participation, budget, seeds)  # noqa: E731
+    result = _compared(arena, setting, "clients", to)
+    columns = ("global, %", "own, %", "before", "worst", "rounds", "MB")
+    rows = [
+        (
+            _number(row["accuracy"], 1),
+            _spread(row, "personal"),
+            _number(row["before"], 1),
+            _number(row["worst"], 1),
+            _number(row["target_rounds"], 0),
+            _number(row["target_bytes"] and row["target_bytes"] / 1e6, 1),
+        )
+        for row in result["rows"]
+    ]
+    _print_compared(result, columns, rows)
+    out.print(
+        "own: clients' own tests, after aggregation; before: right after local training; worst: the worst "
+        f"tenth of the clients; rounds and MB, both ways, until own is {result['target']:.1f} %",
+        highlight=False,
+        soft_wrap=True,
+    )
+
+
+def _compared(arena: Any, setting: Callable[[], Any], room: str, to: Path | None) -> dict[str, Any]:
+    """Compare, and save what was found."""
+    folder = to or Path("runs") / f"compare-{room}"
     try:
-        setting = _arena.Setting(data, model, workers, link, budget, seeds)
-        result = _arena.compare(setting, folder, err)
+        result: dict[str, Any] = arena.compare(setting(), folder, err)
     except ValueError as error:
         _usage(str(error))
-    _arena.save(result, folder)
-    columns = ("accuracy, %", "kB sent", "link, s", "kept, kB", "work")
+    arena.save(result, folder)
+    err.print(f"result {folder / 'result.json'}, picture {folder / 'result.png'}", soft_wrap=True)
+    return result
+
+
+def _spread(row: dict[str, Any], name: str) -> str:
+    return f"{row[name]:.1f}" + ("" if row["sd"] is None else f" \u00b1 {row['sd']:.1f}")
+
+
+def _number(value: float | None, digits: int) -> str:
+    return "-" if value is None else f"{value:,.{digits}f}"
+
+
+def _print_compared(result: dict[str, Any], columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
     heads = [Column("system", no_wrap=True), *(Column(c, justify="right", no_wrap=True) for c in columns)]
     table = Table(*heads, box=None, pad_edge=False)
-    for row in result["rows"]:
-        spread = "" if row["sd"] is None else f" \u00b1 {row['sd']:.1f}"
-        sent = row["bytes"] / 1000
-        sizes = (
-            f"{sent:,.{0 if sent >= 1000 else 1}f}",
-            f"{row['link_seconds']:,.2f}",
-            f"{row['memory'] / 1000:,.0f}",
-        )
-        table.add_row(row["system"], f"{row['accuracy']:.1f}{spread}", *sizes, row["work"])
+    for row, figures in zip(result["rows"], rows, strict=True):
+        table.add_row(row["system"], *figures)
     out.print(table)
     if ends := [row["system"] for row in result["rows"] if row["edge"]]:
-        out.print(
-            f"best learning rate at an end of the grid: {'; '.join(ends)}", highlight=False, soft_wrap=True
-        )
+        text = f"best learning rate at an end of the grid: {'; '.join(ends)}"
+        out.print(text, highlight=False, soft_wrap=True)
     for row in result["rows"]:
         if row["note"]:
             out.print(f"{row['system']}: {row['note']}", highlight=False, soft_wrap=True)
     for name, why in result["not_applicable"].items():
         out.print(f"{name} is not compared: it {why}", highlight=False, soft_wrap=True)
-    err.print(f"result {folder / 'result.json'}, picture {folder / 'result.png'}", soft_wrap=True)
 
 
 @app.command()
