@@ -655,6 +655,7 @@ def test_a_mix_a_client_has_the_balance_that_was_asked_for():
         (lambda: DataCurriculum(min_samples=0), "min_samples must be >= 1; got 0"),
         (lambda: DataCurriculum(cooling=-1.0), "cooling must be >= 0 and finite; got -1.0"),
         (lambda: ClientCurriculum(updates=0), "updates must be >= 1; got 0"),
+        (lambda: cc().rounds(6, 0), "participants must be >= 1; got 0"),
         (lambda: Curriculum(FedAvg(LOCAL)), "give data, clients or both; got neither"),
         (lambda: Curriculum(Scaffold(PLAIN), DataCurriculum(cooling=0.1)), "cooling must be 0 with SCAFFOLD"),
         (lambda: Curriculum(FedAvg(LOCAL), DataCurriculum(judge="expert")), "expert must be given where"),

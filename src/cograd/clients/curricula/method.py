@@ -67,6 +67,10 @@ class ClientCurriculum(Difficulty):
         They are more than updates / participants where a pool is no multiple of the participants: its last
         group is smaller.
         """
+        check(
+            ("clients", clients, ">= 1", clients >= 1),
+            ("participants", participants, ">= 1", participants >= 1),
+        )
         rounds = done = 0
         while done < self.updates:
             pool = self.pacing.size(done, self.updates, clients)
@@ -126,7 +130,7 @@ class Curriculum(Synchronous):
             raise TypeError(f"clients needs a method of plain rounds; got {type(self.method).__name__}")
         self._remembers = any(part.remembers for part in parts)
         self._inner = self.method if self.data is None else _paced(self.method, self.data)
-        if "score" in self._inner.tasks():
+        if self.clients is not None and "score" in self._inner.tasks():
             raise ValueError(
                 f"method must have no task 'score' of its own; {type(self.method).__name__} has one"
             )
@@ -134,10 +138,8 @@ class Curriculum(Synchronous):
     # Clients
 
     def tasks(self) -> Mapping[str, Task]:
-        return {
-            **{name: self._judging(task) for name, task in self._inner.tasks().items()},
-            "score": self.score,
-        }
+        found = {name: self._judging(task) for name, task in self._inner.tasks().items()}
+        return found if self.clients is None else {**found, "score": self.score}
 
     def score(self, state: State, content: Content, data: Any, ctx: ClientContext) -> tuple[State, Content]:
         """The scoring of a client curriculum: the mean score of the client's examples, by term (1 or 2,)."""
