@@ -56,8 +56,8 @@ TIGHT, SYNTHETIC_EPS, ALPHA = 0.001, 0.01, 0.95
 
 GLOBALLY, LOCALLY, BOTH = "relabelled, globally fair", "relabelled, locally fair", "relabelled, fair in both"
 MODELS = (AVG, LOCAL, GLOBALLY, LOCALLY, BOTH)
-LOCAL_BOUNDS = tuple(np.linspace(0, 0.5, 11).round(3).tolist())
-GLOBAL_BOUNDS = tuple(np.linspace(0, 0.05, 11).round(3).tolist())
+LOCAL_BOUNDS = (0.0, 0.005, 0.01, 0.02, 0.04, 0.07, 0.1, 0.15, 0.2, 0.25, 0.3, 0.4, 0.5)
+GLOBAL_BOUNDS = (0.0, 0.001, 0.002, 0.005, 0.01, 0.015, 0.02, 0.025, 0.03, 0.04, 0.05)
 
 
 @dataclass(frozen=True)
