@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 from cograd import data
-from cograd.clients import FedSpeed
+from cograd.clients import FedCAC, FedSpeed
 from cograd.clients.baselines import FedAvg
 from cograd.engines.federated import Clients, LocalSGD, Simulation
 from cograd.engines.flower import Federation, Server, client_app
@@ -156,7 +156,7 @@ def simulated(method) -> Simulation:
     return sim
 
 
-@pytest.mark.parametrize(("name", "method"), [("fedavg", FedAvg), ("fedspeed", FedSpeed)])
+@pytest.mark.parametrize(("name", "method"), [("fedavg", FedAvg), ("fedcac", FedCAC), ("fedspeed", FedSpeed)])
 def test_a_federation_gets_the_simulators_numbers(deployment, app, name, method):
     rows, _ = deployment.run(app, method=name, rounds=ROUNDS)
     sim = simulated(method)
@@ -164,6 +164,7 @@ def test_a_federation_gets_the_simulators_numbers(deployment, app, name, method)
     for row, expected in zip(rows, sim.history, strict=True):
         assert row["accuracy"] == pytest.approx(expected.accuracy, abs=1e-6)
         assert (row["up"], row["down"], row["work"]) == (expected.up, expected.down, expected.work)
+        assert row["reports"] == pytest.approx(dict(expected.reports))
     assert torch.allclose(load_file(deployment.saved)["x"], sim.server["x"], rtol=0, atol=1e-6)
 
 
@@ -260,13 +261,33 @@ def test_the_timeout_of_an_exchange_that_is_over_blames_nobody(monkeypatch):
     assert [dict(row.lost) for row in rows] == [{}, {}]
 
 
+@pytest.mark.usefixtures("run_of_flower")
+@pytest.mark.parametrize("rule", ["local", "mean"])
+def test_running_statistics_are_the_simulators(rule):
+    train, test = data.load("mnist-5k"), data.load("mnist-5k", "test")
+    held = Clients(train, data.dirichlet(train.y, CLIENTS, 0.3, 0))
+
+    def model() -> nn.Module:
+        torch.manual_seed(0)
+        return nn.Sequential(nn.Flatten(), nn.Linear(784, 8), nn.BatchNorm1d(8), nn.Linear(8, 10))
+
+    method, loss = FedAvg(LocalSGD(lr=0.1, steps=3)), nn.functional.cross_entropy
+    given = Federation(
+        method, model, loss, lambda k: held[k], clients=CLIENTS, rounds=2, buffers=rule, test=lambda: test
+    )
+    rows = Server(given, Loopback(given)).run()
+    sim = Simulation(method, model(), loss, held, buffers=rule, test=test)
+    expected = sim.run(2)
+    assert [(r.accuracy, r.up, r.down) for r in rows] == [(r.accuracy, r.up, r.down) for r in expected]
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
         ({"clients": 0}, "clients must be >= 1; got 0"),
         ({"rounds": 0}, "rounds must be >= 1; got 0"),
         ({"timeout": 0}, "timeout must be > 0 or None; got 0"),
-        ({"buffers": "mean"}, "buffers must be refuse or local; got 'mean'"),
+        ({"buffers": "sum"}, "buffers must be refuse, local or mean; got 'sum'"),
     ],
 )
 def test_arguments_out_of_range_are_named(change, message):

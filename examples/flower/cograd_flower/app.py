@@ -13,14 +13,14 @@ import torch
 from flwr.app import Context
 
 from cograd import data
-from cograd.clients import FedSpeed
+from cograd.clients import FedCAC, FedSpeed
 from cograd.clients.baselines import FedAvg
 from cograd.engines.federated import ClientData, Clients, LocalSGD, Row, State
 from cograd.engines.flower import Federation, client_app, server_app
 from cograd.models.mlp import MLP
 
 LOCAL = LocalSGD(lr=0.1, epochs=1, batch_size=20)
-METHODS = {"fedavg": FedAvg, "fedspeed": FedSpeed}
+METHODS = {"fedavg": FedAvg, "fedcac": FedCAC, "fedspeed": FedSpeed}
 
 
 def model() -> MLP:

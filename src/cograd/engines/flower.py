@@ -20,11 +20,12 @@ import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from itertools import count
+from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
 from safetensors.torch import load as tensors_of
 from safetensors.torch import save as bytes_of
-from torch import nn
+from torch import Tensor, nn
 
 from cograd.core.checks import check
 from cograd.core.codecs import Codec, Context, Float32
@@ -48,7 +49,7 @@ from cograd.engines.federated.row import Row
 from cograd.engines.federated.samplers import Everyone, Sampler, drawn
 from cograd.engines.federated.store import parts
 from cograd.engines.federated.wire import Wire
-from cograd.engines.federated.workers import Job, Runner, isolated
+from cograd.engines.federated.workers import BUFFER_RULES, BUFFERS, Job, Runner, isolated, mean_buffers
 
 if TYPE_CHECKING:
     from flwr.app import Context as FlowerContext
@@ -101,19 +102,22 @@ class Federation:
             ("rounds", self.rounds, ">= 1", self.rounds >= 1),
             ("timeout", self.timeout, "> 0 or None", self.timeout is None or self.timeout > 0),
             ("patience", self.patience, "> 0", self.patience > 0),
-            ("buffers", self.buffers, "refuse or local", self.buffers in ("refuse", "local")),
+            ("buffers", self.buffers, "refuse, local or mean", self.buffers in BUFFER_RULES),
         )
 
     def local(self) -> LocalModel:
         """The model as a function of a vector. Raises ValueError for buffers that are refused."""
         model = LocalModel(self.model(), self.loss)
         if self.buffers == "refuse" and model.buffers is not None:
-            raise ValueError("the model has floating buffers (BatchNorm's statistics?); say buffers='local'")
+            raise ValueError(
+                "the model has floating buffers (BatchNorm's statistics?); "
+                "say buffers='local' to keep each client's own or buffers='mean' to average them"
+            )
         return model
 
     def session(self, model: LocalModel) -> bytes:
         """Id of the session: parties that were configured otherwise are refused by their frames."""
-        codecs = f"{self.up!r} {self.down!r}"
+        codecs = f"{self.up!r} {self.down!r} {self.buffers}"
         return session_id("flower", repr(self.method), model.space.digest, codecs, self.seed, self.clients)
 
 
@@ -198,7 +202,7 @@ class _Party:
                 Wire(layout, federation.up),
                 Wire(layout, federation.down),
                 federation.seed,
-                federation.buffers,
+                federation.buffers if model.buffers is not None else "refuse",
             )
             self._made[number] = runner, federation.session(model)
         return number, *self._made[number]
@@ -256,6 +260,7 @@ class Server:
         self.greeted: set[int] = set()
         self.test = self.federation.test() if self.federation.test is not None else None
         self.history: list[Row] = []
+        self.buffers = self.model.buffers if self.federation.buffers == "mean" else None
         self.sent = {"up": 0, "down": 0}
         self.work: dict[str, float] = {}
         self.began = time.monotonic()
@@ -307,11 +312,15 @@ class Server:
             if not self.federation.method.takes(self.state, event, self.session):
                 return
             self.participants.add(event.client)
+            kept = event.content.pop(BUFFERS, None)
+            if kept is not None:
+                self.kept[event.client] = kept
         if isinstance(event, Lost):
             self.lost[event.client] = event.reason
             self.flower.log(logging.WARNING, "%s", event.reason)
         actions = self.federation.method.next(self.state, event, self.session)
         if self.state["round"] > done:
+            self.average_buffers()
             self.row()
         if self.state["round"] < self.federation.rounds:
             self.do(actions)
@@ -331,12 +340,13 @@ class Server:
 
     def message(self, send: Send) -> Message:
         federation, number = self.federation, self.state["round"]
-        payload = self.down.pack(send.content, Context(federation.seed, number, federation.clients))
+        sent = send.content if self.buffers is None else {**send.content, BUFFERS: self.buffers}
+        payload = self.down.pack(sent, Context(federation.seed, number, federation.clients))
         self.sent["down"] += len(payload)
         record = self.flower.ConfigRecord(
             {
                 "frame": Frame(self.id, number, federation.clients, payload).pack(),
-                "schema": self.down.schema(send.content).to_bytes(),
+                "schema": self.down.schema(sent).to_bytes(),
                 "task": send.task,
                 "sizes": json.dumps(list(self.session.sizes)),
             }
@@ -358,12 +368,19 @@ class Server:
         figures = json.loads(record["figures"])
         for kind, amount in figures["work"].items():
             self.work[kind] = self.work.get(kind, 0.0) + amount
+        for name, value in figures["reports"].items():
+            self.reports.setdefault(name, []).append(value)
         context = Context(self.federation.seed, number, client)
         content = self.up.unpack(frame.payload, Schema.from_bytes(record["schema"]), context)
         if not all_finite(content):
             reason = f"round {number}: the reply of client {client} (node {node}) holds NaN or infinity"
             return Lost(client, task, number, reason)
         return Reply(client, task, number, content)
+
+    def average_buffers(self) -> None:
+        """Take the size-weighted mean of the round's buffers."""
+        if self.kept:
+            self.buffers = mean_buffers(self.kept, self.session.sizes)
 
     def missing(self) -> None:
         """Name those who have not answered this round when its time is up."""
@@ -409,21 +426,27 @@ class Server:
         federation, number = self.federation, self.state["round"]
         accuracy = None
         if self.test is not None:
+            if self.buffers is not None:
+                self.model.buffers = self.buffers
             right = self.model.correct(federation.method.model(self.state), self.test.x, self.test.y)
             accuracy = right / len(self.test.y)
+        named, found = self.session.participants, {n: fmean(values) for n, values in self.reports.items()}
         row = Row(
             round=number,
             time=self.session.now,
-            participants=tuple(sorted(self.participants)),
+            participants=tuple(sorted(self.participants if named is None else named)),
             up=self.sent["up"],
             down=self.sent["down"],
             work=dict(self.work),
             seconds=time.monotonic() - self.began,
             accuracy=accuracy,
+            reports={**found, **{name: float(value) for name, value in self.session.reports.items()}},
             lost=self.lost,
         )
         self.history.append(row)
         self._fresh()
+        self.session.reports.clear()
+        self.session.participants = None
         shown = "" if accuracy is None else f", accuracy {100 * accuracy:.2f} %"
         self.flower.log(logging.INFO, "round %d of %d%s", number, federation.rounds, shown)
         if federation.on_round is not None:
@@ -432,6 +455,8 @@ class Server:
     def _fresh(self) -> None:
         self.participants: set[int] = set()
         self.lost: dict[int, str] = {}
+        self.kept: dict[int, Tensor] = {}
+        self.reports: dict[str, list[float]] = {}
 
 
 @dataclass(frozen=True)

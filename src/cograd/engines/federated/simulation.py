@@ -20,7 +20,6 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from cograd.core.codecs import Codec, Context, Float32
@@ -46,6 +45,7 @@ from cograd.engines.federated.samplers import Everyone, Sampler, drawn
 from cograd.engines.federated.store import StateStore
 from cograd.engines.federated.wire import Wire
 from cograd.engines.federated.workers import (
+    BUFFER_RULES,
     BUFFERS,
     ClientError,
     Done,
@@ -55,12 +55,12 @@ from cograd.engines.federated.workers import (
     NotFinite,
     Runner,
     isolated,
+    mean_buffers,
 )
 
 TICKS = 10**9
 """Ticks of the clock in a unit of time. Times are whole ticks, so that equal times are equal."""
 
-BUFFER_RULES = ("refuse", "local", "mean")
 NONFINITE_RULES = ("refuse", "exclude")
 
 
@@ -363,9 +363,7 @@ class Simulation:
 
     def _average_buffers(self) -> None:
         if self._new_buffers:
-            weights = {client: float(self.session.sizes[client]) for client in sorted(self._new_buffers)}
-            parts = [self._new_buffers[client] * weight for client, weight in weights.items()]
-            self.buffers = torch.stack(parts).sum(0) / sum(weights.values())
+            self.buffers = mean_buffers(self._new_buffers, self.session.sizes)
 
     def _count(self, sender: int, to: int, number: int, schema: Schema, payload: int) -> None:
         first = f"{sender == len(self.clients)} {schema.digest}"

@@ -33,6 +33,7 @@ from cograd.engines.federated.wire import Wire
 
 ENGINE = "engine."
 """Prefix of what the engine keeps in a client's state: tasks do not see it."""
+BUFFER_RULES = ("refuse", "local", "mean")
 BUFFERS = "engine.buffers"
 """Name under which the engine keeps a client's buffers in its state, and sends averaged ones."""
 
@@ -160,6 +161,12 @@ class Runner:
         if self.before and ctx.trained is not None and tested is not None and len(tested):
             data = self.clients[job.client]
             ctx.report("before", self.model.correct(ctx.trained, data.test_x, data.test_y) / len(tested))
+
+
+def mean_buffers(kept: Mapping[int, Tensor], sizes: Sequence[int]) -> Tensor:
+    """The mean of clients' buffers, each weighted by its number of examples."""
+    parts = [kept[client] * float(sizes[client]) for client in sorted(kept)]
+    return torch.stack(parts).sum(0) / float(sum(sizes[client] for client in kept))
 
 
 @contextmanager
