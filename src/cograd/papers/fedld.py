@@ -13,7 +13,7 @@ minibatches and initial weights. The parts of the loss are those of the training
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from itertools import pairwise
 from pathlib import Path
@@ -221,22 +221,29 @@ def _smoke_claims(runs: Runs) -> list[Claim]:
     ]  # fmt: skip
 
 
+STEP_SIZE = (
+    "the common rate is below the best of FedAvg, which at its own makes up most of the difference: the gain "
+    "at the common one is for the greater part one of step size"
+)
+
+
 def _claims(same: Runs, own: Runs, mild: Runs) -> list[Claim]:
     def lead(
         ident: str, text: str, one: str, other: str, op: Op | None = None, by: float | None = None,
-        runs: Runs = same,
+        runs: Runs = same, reason: str | None = None,
     ) -> Claim:  # fmt: skip
         source, values = "card, section 6", runs.lead(one, other)
         if op is None:
             return Claim(ident, text, source, "measured", values, unit="points")
-        return Claim(ident, text, source, "measured", values, op, by, CARD, "points")
+        claim = Claim(ident, text, source, "measured", values, op, by, CARD, "points")
+        return claim if claim.holds else replace(claim, reason=reason)
 
     def part(ident: str, text: str, one: str, other: str, name: str) -> Claim:
         return Claim(ident, text, "the decomposition", "measured", same.change(one, other, name), unit="nats")
 
     return [
         lead("margin.logits", "margin control on logits makes FedAvg more accurate", LOGITS, AVG, ">=", 0.5),
-        lead("margin.own", "and with each at its own rate", LOGITS, AVG, ">=", 0.5, own),
+        lead("margin.own", "and with each at its own rate", LOGITS, AVG, ">=", 0.5, own, STEP_SIZE),
         lead("margin.released.most", "the released form is no better than FedAvg", BATCHED, AVG, "<=", 0.5),
         lead("margin.released.least", "and no worse", BATCHED, AVG, ">=", -0.5),
         lead("principal.mean", "principal gradients over the mean, at equal nominal step", PRINCIPAL, EQUAL),
