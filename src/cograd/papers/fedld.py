@@ -1,8 +1,8 @@
 """FedLD taken apart: margin control and principal gradients, each alone and both, against FedAvg.
 
-MNIST-5k among 5 clients that all take part; an MLP (784-100-10), 1 local epoch in minibatches of 50, momentum
-0.5, weight decay 5e-4, 40 rounds. Each class is divided among the clients by a draw of Dirichlet(0.1), and, in
-a milder regime, Dirichlet(1).
+MNIST-5k, normalised as in the released code, among 5 clients that all take part; an MLP (784-100-10), 1 local
+epoch in minibatches of 50, momentum 0.5, weight decay 5e-4, 40 rounds. Each class is divided among the clients
+by a draw of Dirichlet(0.1), and, in a milder regime, Dirichlet(1).
 
 Every system runs at the learning rate of the card's pilots, 0.05, so that server rules are compared at equal
 nominal steps. Those of the main claims run at their own best rate of one grid as well, found on a pilot seed.
@@ -13,7 +13,7 @@ minibatches and initial weights. The parts of the loss are those of the training
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from itertools import pairwise
 from pathlib import Path
@@ -75,7 +75,8 @@ def federation(alpha: float, seed: int) -> tuple[Clients, data.Images]:
     assert isinstance(whole, data.Images)
     assert isinstance(test, data.Images)
     parts = data.dirichlet(whole.y, CLIENTS, alpha, seed, equal=False, min_size=LEAST)
-    return Clients(whole, parts), test
+    moments = whole.moments()
+    return Clients(whole.normalised(*moments), parts), test.normalised(*moments)
 
 
 class Observer:
@@ -188,7 +189,7 @@ class Runs:
 def run(lab: Lab) -> Findings:
     """Train all systems on all seeds, tune, and check the claims."""
     if lab.scale == "smoke":
-        same = Runs(lab, SKEWED, dict.fromkeys((AVG, EQUAL, PRINCIPAL, BOTH), RATE))
+        same = Runs(lab, SKEWED, dict.fromkeys((EQUAL, PRINCIPAL, BOTH), RATE))
         return Findings([*_smoke_claims(same), *_mechanics(same)], _table(same, ""), _curves(same, ""))
     same = Runs(lab, SKEWED, dict.fromkeys(SETTINGS, RATE))
     own = Runs(lab, SKEWED, {system: _rate(lab, system, SKEWED) for system in TUNED})
@@ -216,26 +217,33 @@ def _smoke_claims(runs: Runs) -> list[Claim]:
             f"smoke.{name}", f"{system} learns in {SMOKE_ROUNDS} rounds", "card, section 6", "measured",
             runs.each(system, lambda record: record["accuracy"][-1]), ">=", 50.0, "card, section 6", "%",
         )
-        for name, system in (("fedavg", AVG), ("fedld", BOTH))
+        for name, system in (("fedavg", EQUAL), ("fedld", BOTH))
     ]  # fmt: skip
+
+
+STEP_SIZE = (
+    "the common rate is below the best of FedAvg, which at its own makes up most of the difference: the gain "
+    "at the common one is for the greater part one of step size"
+)
 
 
 def _claims(same: Runs, own: Runs, mild: Runs) -> list[Claim]:
     def lead(
         ident: str, text: str, one: str, other: str, op: Op | None = None, by: float | None = None,
-        runs: Runs = same,
+        runs: Runs = same, reason: str | None = None,
     ) -> Claim:  # fmt: skip
         source, values = "card, section 6", runs.lead(one, other)
         if op is None:
             return Claim(ident, text, source, "measured", values, unit="points")
-        return Claim(ident, text, source, "measured", values, op, by, CARD, "points")
+        claim = Claim(ident, text, source, "measured", values, op, by, CARD, "points")
+        return claim if claim.holds else replace(claim, reason=reason)
 
     def part(ident: str, text: str, one: str, other: str, name: str) -> Claim:
         return Claim(ident, text, "the decomposition", "measured", same.change(one, other, name), unit="nats")
 
     return [
         lead("margin.logits", "margin control on logits makes FedAvg more accurate", LOGITS, AVG, ">=", 0.5),
-        lead("margin.own", "and with each at its own rate", LOGITS, AVG, ">=", 0.5, own),
+        lead("margin.own", "and with each at its own rate", LOGITS, AVG, ">=", 0.5, own, STEP_SIZE),
         lead("margin.released.most", "the released form is no better than FedAvg", BATCHED, AVG, "<=", 0.5),
         lead("margin.released.least", "and no worse", BATCHED, AVG, ">=", -0.5),
         lead("principal.mean", "principal gradients over the mean, at equal nominal step", PRINCIPAL, EQUAL),
