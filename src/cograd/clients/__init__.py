@@ -3,5 +3,6 @@
 from cograd.clients.fedcac import FedCAC, critical_mask, mask_overlap
 from cograd.clients.fedfix import FedFix
 from cograd.clients.fedspeed import FedSpeed, ProxCorrectedSAM
+from cograd.clients.fzoos import FZooS
 
-__all__ = ["FedCAC", "FedFix", "FedSpeed", "ProxCorrectedSAM", "critical_mask", "mask_overlap"]
+__all__ = ["FedCAC", "FedFix", "FZooS", "FedSpeed", "ProxCorrectedSAM", "critical_mask", "mask_overlap"]
