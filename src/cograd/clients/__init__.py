@@ -5,4 +5,4 @@ from cograd.clients.fedfix import FedFix
 from cograd.clients.fedspeed import FedSpeed, ProxCorrectedSAM
 from cograd.clients.fzoos import FZooS
 
-__all__ = ["FedCAC", "FedFix", "FZooS", "FedSpeed", "ProxCorrectedSAM", "critical_mask", "mask_overlap"]
+__all__ = ["FZooS", "FedCAC", "FedFix", "FedSpeed", "ProxCorrectedSAM", "critical_mask", "mask_overlap"]

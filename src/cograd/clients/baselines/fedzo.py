@@ -15,7 +15,7 @@ import math
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from cograd.clients.fzoos.oracle import Oracle
 from cograd.clients.fzoos.rounds import LocalGradient, ZerothOrder
@@ -51,12 +51,13 @@ class FiniteDifferences(LocalGradient):
     def estimate(self, x: Tensor, t: int, oracle: Oracle) -> Tensor:
         along = self.draw(len(x), t, oracle)
         points = torch.cat([x[None], x + self.width * along.to(x.dtype)])
-        base, *_ = values = oracle.query(points)
-        if not bool(base.isfinite()):
-            raise ValueError(f"the function must be finite at its client's point; got {float(base)}")
+        values = oracle.query(points)
+        base = float(values[0])
+        if not math.isfinite(base):
+            raise ValueError(f"the function must be finite at its client's point; got {base}")
         slopes = ((values[1:] - base) / self.width).nan_to_num_(0.0, 0.0, 0.0)
-        scale = len(x) if self.kind == "sphere" else 1
-        return slopes @ along * (scale / len(along))
+        g: Tensor = slopes @ along
+        return g * ((len(x) if self.kind == "sphere" else 1) / len(along))
 
     def draw(self, dim: int, t: int, oracle: Oracle) -> Tensor:
         """The directions of step ``t``, rows of length 1, float64."""
@@ -65,13 +66,16 @@ class FiniteDifferences(LocalGradient):
         drawn = oracle.ctx.stream("directions", t).normal(count + extra, dim, device=oracle.ctx.initial.device)
         rows = drawn.double()
         if self.kind == "sphere":
-            return rows / rows.norm(dim=1, keepdim=True)
+            return nn.functional.normalize(rows)
         if last is not None and not extra:  # the prior comes first, so that it stays as it is
             rows = torch.cat([last.double()[None], rows])
         if len(rows) > dim:
-            raise ValueError(f"directions must be <= {dim - len(rows) + count} in {dim} dimensions; got {count}")
-        orthonormal, r = torch.linalg.qr(rows.T)
-        return (orthonormal * r.diagonal().sign()).T
+            raise ValueError(
+                f"directions must be <= {dim - len(rows) + count} in {dim} dimensions; got {count}"
+            )
+        q, r = torch.linalg.qr(rows.T)
+        columns: Tensor = q * r.diagonal().sign()  # as Gram and Schmidt have them
+        return columns.T
 
 
 @dataclass

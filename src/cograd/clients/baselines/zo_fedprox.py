@@ -1,4 +1,4 @@
-"""FedProx (Li et al. 2020, arXiv 1812.06127) of zeroth order: a pull toward the received point for a correction.
+"""FedProx (Li et al. 2020, arXiv 1812.06127) of zeroth order: its correction is a pull to the received point.
 
     x <- step(x, g + prox (x - x_r))
 
@@ -30,8 +30,6 @@ class ZOFedProx(FedZO):
         super().__post_init__()
         check(("prox", self.prox, ">= 0 and finite", 0 <= self.prox < math.inf))
 
-    def corrected(
-        self, g: Tensor, x: Tensor, t: int, start: Tensor, apart: Tensor | None, seed: int
-    ) -> Tensor:
+    def corrected(self, g: Tensor, x: Tensor, t: int, start: Tensor, apart: Tensor | None, seed: int) -> Tensor:
         g = super().corrected(g, x, t, start, apart, seed)
         return g + self.prox * (x - start) if self.prox else g

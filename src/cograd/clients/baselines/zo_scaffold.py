@@ -1,4 +1,4 @@
-"""SCAFFOLD (Karimireddy et al. 2020, arXiv 1910.06378) of zeroth order: control variates of estimated gradients.
+"""SCAFFOLD (Karimireddy et al. 2020, arXiv 1910.06378) of zeroth order: control variates are estimates.
 
     x <- step(x, g + gamma (c - c_i)),   c = sum_i p_i c_i
 

@@ -2,7 +2,7 @@
 
 from cograd.clients.fzoos.features import RandomFeatures
 from cograd.clients.fzoos.gp import GPSurrogate, Posterior
-from cograd.clients.fzoos.method import Active, FZooS, TrajectoryGradient, surrogate_gradient
+from cograd.clients.fzoos.method import Active, FZooS, TrajectoryGradient
 from cograd.clients.fzoos.optimizers import SGD, Adam
 from cograd.clients.fzoos.oracle import BlackBox, Oracle
 from cograd.clients.fzoos.rounds import Description, LocalGradient, ZerothOrder
@@ -12,14 +12,13 @@ __all__ = [
     "Active",
     "Adam",
     "BlackBox",
+    "Description",
     "FZooS",
     "GPSurrogate",
     "LocalGradient",
     "Oracle",
     "Posterior",
     "RandomFeatures",
-    "Description",
     "TrajectoryGradient",
     "ZerothOrder",
-    "surrogate_gradient",
 ]

@@ -6,8 +6,8 @@ With u the values scaled to [0, 1] and K = k(X, X),
     gradient(x)  = (y_max - y_min) sum_j a_j grad_x k(x, X_j)                                  no query at all
     trace of the gradient's posterior covariance = d k''(0) - tr J' (K + s2 I)^-1 J,  J_j = grad_x k(x, X_j)
 
-    SE           k = exp(-r^2 / 2 l^2)                             grad_x k = -(x - X_j) / l^2 k
-    Matern-5/2   k = (1 + rho + rho^2 / 3) exp(-rho)               grad_x k = -5/(3 l^2) (1 + rho) exp(-rho) (x - X_j)
+    SE           k = exp(-r^2 / 2 l^2)                   grad_x k = -k / l^2 (x - X_j)
+    Matern-5/2   k = (1 + rho + rho^2 / 3) exp(-rho)     grad_x k = -5/(3 l^2) (1 + rho) exp(-rho) (x - X_j)
 
 with r = |x - X_j| and rho = sqrt(5) r / l. Both gradients are a *slope* times the difference of the points.
 Everything is in float64: K is nearly singular where points lie close together.
@@ -22,6 +22,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from cograd.clients.fzoos.oracle import nearest
 from cograd.core.checks import check
 
 LENGTHSCALES = tuple(float(f"{0.1 * 10 ** (k / 2):.3g}") for k in range(7))
@@ -39,21 +40,21 @@ class Kernel:
 
 
 def _rho(squares: Tensor, lengthscale: Tensor) -> Tensor:
-    return (squares * (5 / lengthscale**2)).sqrt_()
+    return (squares * (5 / lengthscale**2)).sqrt()
 
 
 def _matern_value(squares: Tensor, lengthscale: Tensor) -> Tensor:
     rho = _rho(squares, lengthscale)
-    return (rho * rho).div_(3).add_(rho).add_(1).mul_(rho.neg_().exp_())
+    return (1 + rho + rho * rho / 3) * (-rho).exp()
 
 
 def _matern_slope(squares: Tensor, lengthscale: Tensor) -> Tensor:
     rho = _rho(squares, lengthscale)
-    return (1 + rho) * (-rho).exp_() * (-5 / (3 * lengthscale**2))
+    return (1 + rho) * (-rho).exp() * (-5 / (3 * lengthscale**2))
 
 
 def _se_value(squares: Tensor, lengthscale: Tensor) -> Tensor:
-    return (squares * (-0.5 / lengthscale**2)).exp_()
+    return (squares * (-0.5 / lengthscale**2)).exp()
 
 
 def _se_slope(squares: Tensor, lengthscale: Tensor) -> Tensor:
@@ -84,13 +85,18 @@ class GPSurrogate:
     lengthscales: tuple[float, ...] = LENGTHSCALES
 
     def __post_init__(self) -> None:
-        given = self.lengthscales
+        given, fine = self.lengthscales, [0 < each < math.inf for each in self.lengthscales]
         check(
             ("kernel", self.kernel, f"one of {', '.join(KERNELS)}", self.kernel in KERNELS),
             ("neighbours", self.neighbours, ">= 2", self.neighbours >= 2),
             ("jitter", self.jitter, "> 0 and finite", 0 < self.jitter < math.inf),
-            ("lengthscales", given, "one or more numbers > 0", given and all(0 < l < math.inf for l in given)),
+            ("lengthscales", given, "one or more numbers > 0", bool(fine) and all(fine)),
         )
+
+    def near(self, x: Tensor, points: Tensor, values: Tensor) -> Posterior:
+        """The posterior of the ``neighbours`` points (n, d) nearest to ``x`` (d,), and of their values (n,)."""
+        rows = nearest(x, points, self.neighbours)
+        return self.fit(points[rows], values[rows])
 
     def fit(self, points: Tensor, values: Tensor, lengthscale: float | None = None) -> Posterior:
         """The posterior of values (n,) at points (n, d), with l of the largest likelihood or as given.
@@ -125,11 +131,11 @@ class GPSurrogate:
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Cholesky factors (c, n, n) of K + s2 I, weights a (c, n), log marginal likelihoods (c,), one for each
         length scale; ``squares`` (n, n) are squared distances."""
-        n, l = len(u), torch.tensor(lengthscales, dtype=torch.float64, device=u.device)
-        k = KERNELS[self.kernel].value(squares, l[:, None, None])
+        n, scales = len(u), torch.tensor(lengthscales, dtype=torch.float64, device=u.device)
+        k = KERNELS[self.kernel].value(squares, scales[:, None, None])
         k.diagonal(dim1=-2, dim2=-1).add_(self.jitter)
         factors: Tensor = torch.linalg.cholesky(k)
-        weights = torch.cholesky_solve(u.expand(len(l), n)[:, :, None], factors)[:, :, 0]
+        weights = torch.cholesky_solve(u.expand(len(scales), n)[:, :, None], factors)[:, :, 0]
         halves = factors.diagonal(dim1=-2, dim2=-1).log().sum(-1)
         return factors, weights, -0.5 * (weights @ u) - halves - n / 2 * math.log(2 * math.pi)
 
@@ -162,7 +168,8 @@ class Posterior:
         return (slopes * self.weights) @ apart * self.scale
 
     def uncertainty(self, points: Tensor) -> Tensor:
-        """The trace of the gradient's posterior covariance at points (m, d), in units of ``scale`` squared: (m,).
+        """The trace of the gradient's posterior covariance at points (m, d): (m,), in units of ``scale``
+        squared.
 
         tr J' A J = sum_jk s_j s_k A_jk (x - X_j)'(x - X_k) needs inner products only: O(m n^2), whatever d.
         """

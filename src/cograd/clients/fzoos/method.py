@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
 from cograd.clients.fzoos.features import RandomFeatures
@@ -81,14 +80,13 @@ class TrajectoryGradient(LocalGradient):
         oracle.query(x[None], remember=True)
         radius = spread / 2 or self.active.radius
         self._explore(x, radius, self.active.server, self.active.server_candidates, oracle, 0)
+        oracle.forget(self.keep)
 
     def posterior(self, x: Tensor, oracle: Oracle, lengthscale: float | None = None) -> Posterior:
         """The surrogate of the queries nearest to ``x``."""
         return self.surrogate.fit(*oracle.nearest(x, self.surrogate.neighbours), lengthscale)
 
-    def _explore(
-        self, x: Tensor, radius: float, count: int, candidates: int, oracle: Oracle, t: int
-    ) -> None:
+    def _explore(self, x: Tensor, radius: float, count: int, candidates: int, oracle: Oracle, t: int) -> None:
         """Ask where the gradient is least certain. Certainty depends on where was asked and not on what came of
         it: the length scale is that of the last fit."""
         if not count:
@@ -124,12 +122,3 @@ class FZooS(ZerothOrder):
         local = 1 + steps + active.local * (steps - 1)
         survey = 1 + active.server if self.description is not None else 0
         return active.initial + rounds * (local + survey + 2 * self.safeguard)
-
-
-def surrogate_gradient(points: Tensor, values: Tensor, x: Tensor, surrogate: GPSurrogate = GPSurrogate()) -> Tensor:
-    """The gradient (d,) at ``x`` of what values (n,) at points (n, d) say, without any federation: the
-    ``neighbours`` nearest points are fitted."""
-    if len(points) > surrogate.neighbours:
-        nearest = (points - x).square().sum(1).topk(surrogate.neighbours, largest=False).indices
-        points, values = points[nearest], values[nearest]
-    return surrogate.fit(points, values).gradient(x)

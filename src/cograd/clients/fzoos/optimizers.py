@@ -1,4 +1,4 @@
-"""The optimizers of local steps: fresh at the start of every round, as plain functions of point and gradient."""
+"""Optimizers of local steps: fresh at the start of every round, plain functions of point and gradient."""
 
 from __future__ import annotations
 

@@ -41,7 +41,7 @@ class BlackBox:
         return self.weight
 
     def __call__(self, points: Tensor) -> Tensor:
-        """Values (n,), float64, at points (n, d). Raises ValueError where the function returns another shape."""
+        """Values (n,), float64, at points (n, d). Raises ValueError if the function returns another shape."""
         self.calls += len(points)
         if self.batched:
             values = torch.as_tensor(self.function(points), device=points.device).detach().double()
@@ -98,11 +98,8 @@ class Oracle:
 
     def nearest(self, x: Tensor, count: int) -> tuple[Tensor, Tensor]:
         """The ``count`` remembered points nearest to ``x`` (or all there are) and their values, float64."""
-        points, values = self.points, self.values
-        if len(points) > count:
-            rows = (points - x).square_().sum(1).topk(count, largest=False).indices
-            points, values = points[rows], values[rows]
-        return points.double(), values
+        rows = nearest(x, self.points, count)
+        return self.points[rows].double(), self.values[rows]
 
     def uniform(self, x: Tensor, radius: float, count: int, *key: int | str) -> Tensor:
         """Points (count, d) uniform in the cube ``x`` +- ``radius``, cut to the box."""
@@ -133,6 +130,13 @@ class Oracle:
         self._points[self._count : end] = points
         self._values[self._count : end] = values
         self._count = end
+
+
+def nearest(x: Tensor, points: Tensor, count: int) -> Tensor | slice:
+    """Rows of the ``count`` points (n, d) nearest to ``x`` (d,); all where there are no more."""
+    if len(points) <= count:
+        return slice(None)
+    return (points - x).square_().sum(1).topk(count, largest=False).indices
 
 
 def _grown(rows: Tensor, size: int) -> Tensor:

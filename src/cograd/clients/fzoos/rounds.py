@@ -4,10 +4,10 @@
     server:              x_{r+1} = x_r - eta sum_i p_i (x_r - x_i)
     client i, at x_{r+1}:  describes its function by a vector w_i;  server: w = sum_i p_i w_i
 
-``g`` comes from a `LocalGradient`, which may query the function. What a client says of its function is a
-`Description`: a vector from which G = gradient(x; w) and g_i = gradient(x; w_i) can be had at any point. As it is
-linear in the vector, the correction is gradient(x; w - w_i): it vanishes exactly where all say the same, and
-before anybody has said anything.
+``g`` comes from a `LocalGradient`, which may query the function. What a client says of its function is
+a `Description`: a vector from which G = gradient(x; w) and g_i = gradient(x; w_i) can be had at any point. As
+it is linear in the vector, the correction is gradient(x; w - w_i): exactly 0 where all say the same. There is
+none before a client has said anything.
 
 An exchange ``walk`` brings the clients' points, an exchange ``survey`` their descriptions. The new point
 travels with the survey and w with the next walk, so that a round costs a client d and m floats each way, d
@@ -110,7 +110,12 @@ class ZerothOrder(Synchronous):
     def __post_init__(self) -> None:
         check(
             ("gradient", self.gradient, "a LocalGradient", isinstance(self.gradient, LocalGradient)),
-            ("description", self.description, "a Description or None", isinstance(self.description, Description | None)),
+            (
+                "description",
+                self.description,
+                "a Description or None",
+                isinstance(self.description, Description | None),
+            ),
             ("gamma", self.gamma, ">= 0 and finite", 0 <= self.gamma < math.inf),
             ("decay", self.decay, ">= 0 and finite", 0 <= self.decay < math.inf),
             ("local_steps", self.local_steps, ">= 1", self.local_steps >= 1),
@@ -129,7 +134,7 @@ class ZerothOrder(Synchronous):
         A client's state is its ``trajectory`` (see `Oracle`), the server's point ``x``, its own ``end``, its
         description ``w``, the mean ``slope`` of the round's estimates, and its last ``update``.
         """
-        start = content["x"] if "x" in content else state.get("x", ctx.initial)
+        start: Tensor = content["x"] if "x" in content else state.get("x", ctx.initial)
         oracle = Oracle(data, state, ctx, self.bounds)
         apart = self._apart(state, content, ctx)
         step, x = self.optimizer.start(), start
@@ -143,11 +148,9 @@ class ZerothOrder(Synchronous):
         oracle.state |= {"x": start, "end": x, "slope": slope / self.local_steps}
         return oracle.into(), {"x": x}
 
-    def corrected(
-        self, g: Tensor, x: Tensor, t: int, start: Tensor, apart: Tensor | None, seed: int
-    ) -> Tensor:
+    def corrected(self, g: Tensor, x: Tensor, t: int, start: Tensor, apart: Tensor | None, seed: int) -> Tensor:
         """The direction of local step ``t`` at ``x``; ``apart`` is w - w_i."""
-        length = self.gamma * t**-self.decay
+        length: float = self.gamma * t**-self.decay
         if apart is None or self.description is None or not length:
             return g
         return g + length * self.description.gradient(x, apart, seed)
@@ -180,7 +183,8 @@ class ZerothOrder(Synchronous):
         x = session.initial.clone()
         if self.bounds is not None and not bool(((x >= self.bounds[0]) & (x <= self.bounds[1])).all()):
             raise ValueError(
-                f"the start must lie in bounds {self.bounds}; got values of {float(x.min())} .. {float(x.max())}"
+                f"the start must lie in bounds {self.bounds}; "
+                f"got values of {float(x.min())} .. {float(x.max())}"
             )
         server: State = {"round": 0, "x": x, "stage": "walk", "seed": session.seed}
         if self.description is not None:  # all have the start, and nobody has said anything
@@ -224,7 +228,12 @@ class ZerothOrder(Synchronous):
 
     def _advance(self, server: State) -> None:
         """Go to the round's next exchange, or to the next round."""
-        stages = ["walk", *(["judge"] if self.safeguard else []), *(["survey"] if self.description else []), "walk"]
+        stages = [
+            "walk",
+            *(["judge"] if self.safeguard else []),
+            *(["survey"] if self.description else []),
+            "walk",
+        ]
         stage = server["stage"] = stages[stages.index(server["stage"]) + 1]
         if stage != "judge" and "next" in server:
             server["x"] = server.pop("next")
