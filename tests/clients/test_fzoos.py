@@ -107,7 +107,7 @@ def test_a_linear_function_has_its_gradient():
     points = 0.5 + 0.02 * draws.normal(20, 8).double()
     g = GPSurrogate(jitter=1e-10).fit(points, points @ slope).gradient(points.mean(0))
     assert cosine(g, slope) > 0.999
-    assert torch.allclose(g, slope, rtol=0.05, atol=0.05)
+    assert torch.allclose(g, slope, atol=0.1)
 
 
 def test_a_quadratic_function_has_its_gradient():
