@@ -349,6 +349,7 @@ def draw(result: dict[str, Any], path: Path) -> None:
                     width = 2.2 if system == FZOOS else 1.2
                     ax.plot(curve["x"], curve["mean"], color=colour, label=system, linewidth=width)
             ax.set(xlabel=QUERIES, ylabel=metric, title=what, yscale="log" if metric == GAP else "linear")
+        for ax in axes[::2]:  # two panels after one another show the same systems
             ax.legend(frameon=False, fontsize=6)
 
 
