@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from statistics import fmean
 from typing import TYPE_CHECKING, Any
@@ -59,6 +60,13 @@ ATTACK = {"task": "attack", "images": 10, "radius": 0.03, "budget": BUDGET}
 ATTACK_GRID = (0.025, 0.05, 0.1)
 METRIC = {"task": "metric", "radius": 0.5, "budget": 2200}
 METRIC_GRID = (0.005, 0.01, 0.02)
+
+
+STEPS = (
+    "the published step is too short for the baselines: with 0.014 to 0.02 SCAFFOLD is 8 to 15 times nearer "
+    "after 10 rounds than with 0.01, while FZooS has then come to the floor that its step sets"
+)
+"""Why the lead is less where each system has its own step."""
 
 
 class Synthetic:
@@ -166,10 +174,14 @@ def _synthetic_claims(found: Mapping[float, Synthetic]) -> list[Claim]:
     apart, alike = found[APART], found[ALIKE]
 
     def claim(
-        ident: str, text: str, values: Sequence[float], op: Op | None = None, by: float | None = None
-    ) -> Claim:
+        ident: str, text: str, values: Sequence[float], op: Op | None = None, by: float | None = None,
+        reason: str | None = None,
+    ) -> Claim:  # fmt: skip
         source = CARD if op else None
-        return Claim(ident, text, "figures of the synthetic functions", "measured", values, op, by, source)
+        made = Claim(
+            ident, text, "figures of the synthetic functions", "measured", values, op, by, source, reason=reason
+        )
+        return replace(made, reason=None) if made.holds else made
 
     asked = [record["queries"][EARLY - 1] for record in apart.published[FZOOS]]
     least = min(apart.published[system][0]["queries"][EARLY - 1] for system in DIFFERENCES)
@@ -181,7 +193,7 @@ def _synthetic_claims(found: Mapping[float, Synthetic]) -> list[Claim]:
         claim("lead", "C = 5, 10 rounds, step 0.01: gap of FZooS over that of the best finite differences",
               _over_best(apart.published, EARLY), "<=", 0.2),
         claim("lead.queries", "and its queries over theirs", [n / least for n in asked], "<=", 0.55),
-        claim("lead.own", "and each with its own best step", _over_best(apart.own, EARLY), "<=", 0.2),
+        claim("lead.own", "and each with its own best step", _over_best(apart.own, EARLY), "<=", 0.2, STEPS),
         claim("lead.late", "after 20 rounds, step 0.01: a fixed step of Adam is the floor of all",
               _over_best(apart.published, ROUNDS)),
         claim("lead.late.own", "and each with the step that was its best at 10", _over_best(apart.own, ROUNDS)),
