@@ -15,6 +15,7 @@ from cograd.clients.fedfix import FedFix
 from cograd.clients.fedld import FedLD, MarginControl, PrincipalGradient, loss_decomposition
 from cograd.clients.fedlex import FedLEx, LocalAdam, guidance_matrix, scale_gradients, squared_travel
 from cograd.clients.fedspeed import FedSpeed, ProxCorrectedSAM
+from cograd.clients.fzoos import FZooS
 from cograd.clients.hyperfl import HyperFL
 
 __all__ = [
@@ -24,6 +25,7 @@ __all__ = [
     "Curriculum",
     "DataCurriculum",
     "Expert",
+    "FZooS",
     "FedCAC",
     "FedFix",
     "FedLD",

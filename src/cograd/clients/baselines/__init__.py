@@ -9,6 +9,7 @@ from cograd.clients.baselines.fedavg import FedAvg
 from cograd.clients.baselines.fedbuff import FedBuff
 from cograd.clients.baselines.fedper import FedPer
 from cograd.clients.baselines.fedrep import FedRep
+from cograd.clients.baselines.fedzo import FedZO, FiniteDifferences
 from cograd.clients.baselines.fine_tuned import FineTuned
 from cograd.clients.baselines.local_only import LocalOnly
 from cograd.clients.baselines.mean_guided import MeanGuided
@@ -18,6 +19,8 @@ from cograd.clients.baselines.power_of_choice import PowerOfChoice
 from cograd.clients.baselines.ppsgd import PPSGD
 from cograd.clients.baselines.scaffold import Scaffold
 from cograd.clients.baselines.warm_start import WarmStart
+from cograd.clients.baselines.zo_fedprox import ZOFedProx
+from cograd.clients.baselines.zo_scaffold import ZOScaffold
 
 __all__ = [
     "CENTAUR",
@@ -29,7 +32,9 @@ __all__ = [
     "FedBuff",
     "FedPer",
     "FedRep",
+    "FedZO",
     "FineTuned",
+    "FiniteDifferences",
     "LocalOnly",
     "MeanGuided",
     "PCGrad",
@@ -38,4 +43,6 @@ __all__ = [
     "Privacy",
     "Scaffold",
     "WarmStart",
+    "ZOFedProx",
+    "ZOScaffold",
 ]
