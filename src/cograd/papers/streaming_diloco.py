@@ -47,7 +47,7 @@ REPLICAS, BATCH, CONTEXT, H = 2, 8, 32, 20
 LR, WARMUP, BETAS, DECAY, CLIP = 3e-3, 50, (0.9, 0.99), 0.01, 1.0
 STEPS, SHORT, LONG = 800, 400, 1600
 OUTER_RATES = (0.025, 0.05, 0.1, 0.2, 0.4, 0.7, 1.0, 1.4, 2.0)
-INNER_RATES = (3.75e-4, 7.5e-4, 1.5e-3, 3e-3, 6e-3, 1.2e-2, 2.4e-2)
+INNER_RATES = (9.4e-5, 1.9e-4, 3.75e-4, 7.5e-4, 1.5e-3, 3e-3, 6e-3, 1.2e-2, 2.4e-2, 4.8e-2, 9.6e-2)
 PILOT_SEED = 100
 POINTS = 8  # evaluations along a training
 
