@@ -157,6 +157,7 @@ def _image_claims(runs: Runs) -> list[Claim]:
         Claim(
             "time", "F-80: time of FedFix 0.5 to FedAvg's tail loss, over FedAvg's own", "abstract", "measured",
             runs.speedup(F80, FIX), "<=", 0.6, CARD, "",
+            reason="Missed by 0.007, where seeds differ by 0.12: three of them do not tell it from 0.6.",
         ),
         Claim(
             "loss", "F-80: tail loss of FedFix 0.5 over FedAvg's", "abstract", "measured",
@@ -165,6 +166,9 @@ def _image_claims(runs: Runs) -> list[Claim]:
         Claim(
             "unrest", "F-0: unrest of AsyncFedAvg over FedFix 0.5's", "abstract", "measured",
             runs.ratio(unrest, F0, ASYNC, FIX), ">=", 2.0, CARD, "",
+            reason="Each is at the rate with the least tail loss, and AsyncFedAvg's is 0.1 against 3.3: it "
+            "buys "
+            "calm with short steps, at 1.6 times the loss.",
         ),
         Claim(
             "unrest.loss", "F-0: tail loss of AsyncFedAvg over FedFix 0.5's", "abstract", "measured",
@@ -201,7 +205,19 @@ def _quadratic_claims(runs: Runs) -> list[Claim]:
             "steady", "how far FedFix 0.5 strays about the optimum, over AsyncFedAvg", "abstract", "measured",
             [a / b for a, b in zip(stray[FIX], stray[ASYNC], strict=True)], "<=", 0.2, EXACT,
         ),
-        Claim("steady.fedavg", "how far FedAvg strays", "theory", "measured", stray[AVG], "<=", 1e-3, EXACT),
+        Claim(
+            "steady.fedavg",
+            "how far FedAvg strays",
+            "theory",
+            "measured",
+            stray[AVG],
+            "<=",
+            1e-3,
+            EXACT,
+            reason="It has no noise here, and what is seen is the rest of the way to the optimum: the figure "
+            "falls "
+            "with the length of the run (seed 0: 0.013 after 80 units of time, 0.0002 after 160).",
+        ),
     ]  # fmt: skip
 
 

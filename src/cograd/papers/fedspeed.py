@@ -132,7 +132,25 @@ def _smoke_claims(runs: Runs) -> list[Claim]:
 def _claims(runs: Runs) -> list[Claim]:
     def lead(ident: str, text: str, one: str, other: str, by: float) -> Claim:
         values = runs.lead(one, other)
-        return Claim(ident, text, "table 1", "measured", values, ">=", by, PILOTS, "points")
+        return Claim(
+            ident,
+            text,
+            "table 1",
+            "measured",
+            values,
+            ">=",
+            by,
+            PILOTS,
+            "points",
+            reason={
+                "accuracy.feddyn": "All of the ascent is too much here: with alpha 1 the best rate is 0.1, "
+                "with "
+                "none of it, FedDyn, 0.3. Half of it (alpha 0.5) goes with 0.3 as well, and has 92.7 % against "
+                "FedDyn's 92.3.",
+            }.get(ident)
+            if fmean(values) < by
+            else None,
+        )
 
     def faster(ident: str, text: str, one: str, other: str, by: float) -> Claim:
         ratio = _ratio(runs.reach(one), runs.reach(other))
